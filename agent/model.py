@@ -1,0 +1,229 @@
+"""The records that pass between the stages of the pipeline.
+
+In: nothing. Out: frozen records. This module never reads a clock, the kernel or the network; it imports
+nothing of ours. The flow is ``Exchange`` (kernel) -> ``Call`` (protocols) -> ``Span`` (stitch) -> OTLP bytes.
+
+The records are positional ``msgspec.Struct`` classes without garbage-collector tracking: one of each is made per
+exchange, and a keyword-only frozen dataclass costs several times as much to create.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum, IntFlag
+
+import msgspec
+
+AttributeValue = str | int | float | bool | tuple[str, ...]
+Attributes = tuple[tuple[str, AttributeValue], ...]
+"""Ordered ``(key, value)`` pairs, hashable, so that encoders may cache by pair or by the whole tuple."""
+
+
+class SpanKind(IntEnum):
+    """OTLP ``Span.SpanKind`` numbers (opentelemetry-proto, trace.proto)."""
+
+    INTERNAL = 1
+    SERVER = 2
+    CLIENT = 3
+
+
+class Role(IntEnum):
+    """Which end of the exchange the observed process is. Numbers of ``enum exchange_role`` in bpf/events.h."""
+
+    SERVER = 1
+    CLIENT = 2
+
+
+class End(IntEnum):
+    """Why the kernel emitted the record. Numbers of ``enum exchange_end`` in bpf/events.h, where each is explained.
+
+    OPEN and QUIET are provisional: a later record of the same exchange supersedes the earlier one.
+    """
+
+    OPEN = 1
+    QUIET = 2
+    NEXT = 3
+    CLOSED = 4
+    RESET = 5
+    TIMED_OUT = 6
+    HANDED_OVER = 7
+
+
+class Flag(IntFlag):
+    """Bits of ``enum exchange_flag`` in bpf/events.h."""
+
+    FIRST = 1
+    REQUEST_TRUNCATED = 2
+    RESPONSE_TRUNCATED = 4
+    TAIL_VALID = 8
+    PEER_CLOSED = 16
+    CLIENT_ONLY = 32
+    PROCESS_UNKNOWN = 64
+    INTERIM = 128
+    REQUEST_GAP = 256
+
+
+class Exchange(msgspec.Struct, frozen=True, gc=False):
+    """One kernel record of a request and what is known of its response (``struct record_exchange``).
+
+    Fields stand in the order of the C struct, where each is explained; ``request`` and ``response`` are the captured
+    head bytes (they may include the beginning of a body, and may be cut at the capture limit). Times are
+    CLOCK_MONOTONIC nanoseconds, 0 when not reached. Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6.
+    ``request_bytes`` and ``response_bytes`` count head and body as seen on the socket. ``tail`` holds the last
+    ``min(8, response_bytes)`` response bytes, right-aligned, when ``Flag.TAIL_VALID`` is set.
+    """
+
+    kind: int
+    role: int
+    end: int
+    flags: int
+    exchange_id: int
+    parent_id: int
+    peer_id: int
+    connection_id: int
+    process_start_ns: int
+    request_start_ns: int
+    request_end_ns: int
+    response_start_ns: int
+    response_end_ns: int
+    end_ns: int
+    request_bytes: int
+    response_bytes: int
+    tgid: int
+    request_tid: int
+    response_tid: int
+    netns: int
+    local_port: int
+    remote_port: int
+    request_captured: int
+    response_captured: int
+    local_address: bytes
+    remote_address: bytes
+    tail: bytes
+    request: bytes
+    response: bytes
+
+
+class ProcessSeen(msgspec.Struct, frozen=True, gc=False):
+    """A process made its first exchange (``struct record_process``); it may have ended already.
+
+    ``start_ns`` is CLOCK_BOOTTIME nanoseconds; with ``tgid`` it identifies the process. ``executable`` is the last
+    component of the executable's path, ``comm`` the name of its main thread, both decoded with replacement characters.
+    """
+
+    tgid: int
+    start_ns: int
+    cgroup_id: int
+    uid: int
+    ppid: int
+    comm: str
+    executable: str
+
+
+class Segment(msgspec.Struct, frozen=True, gc=False):
+    """The bytes of one system call on a connection in stream mode (``struct record_segment``).
+
+    ``direction`` is 1 for request bytes, 2 for response bytes. ``offset`` counts the bytes of this direction before the
+    segment since the connection entered stream mode. ``length`` above ``len(data)`` means a gap at the segment's end.
+    """
+
+    kind: int
+    role: int
+    direction: int
+    captured: int
+    connection_id: int
+    process_start_ns: int
+    time_ns: int
+    offset: int
+    length: int
+    tgid: int
+    tid: int
+    netns: int
+    local_port: int
+    remote_port: int
+    local_address: bytes
+    remote_address: bytes
+    data: bytes
+
+
+class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
+    """A connection ended whose last exchange had been reported provisionally, or one in stream mode.
+
+    The fields are those of ``struct record_close``; ``end`` is CLOSED, RESET or TIMED_OUT.
+    """
+
+    kind: int
+    role: int
+    end: int
+    flags: int
+    connection_id: int
+    exchange_id: int
+    time_ns: int
+
+
+class TraceContext(msgspec.Struct, frozen=True, gc=False):
+    """What one propagation format said about the trace.
+
+    ``trace_id`` is 16 bytes, never all zero. ``span_id`` is 8 bytes, never all zero, or None where the format allows a
+    trace without a parent (X-Ray). ``sampled`` is None when the sender left the decision open. ``trace_state`` is the
+    verbatim W3C value or an empty string. ``format`` is the configuration name: tracecontext, b3, b3multi, jaeger,
+    xray or datadog.
+    """
+
+    trace_id: bytes
+    span_id: bytes | None
+    sampled: bool | None
+    trace_state: str
+    format: str
+
+
+class Call(msgspec.Struct, frozen=True, gc=False):
+    """What one exchange asked and answered, as its protocol understands it.
+
+    ``attributes`` follow the semantic conventions already. ``error`` is True when the span status is Error.
+    ``context`` is the first valid trace context of the request in the configured order, ``other_contexts`` those valid
+    ones that disagree with it about the trace id. ``request_id`` is the ``x-request-id`` value or an empty string.
+    ``complete`` is True when the response is whole by the protocol's own rules (Content-Length reached, last chunk
+    seen, no body allowed); False means that only the end of the connection or a later record can tell.
+    """
+
+    name: str
+    attributes: Attributes
+    error: bool
+    context: TraceContext | None
+    other_contexts: tuple[TraceContext, ...]
+    request_id: str
+    complete: bool
+
+
+class SpanLink(msgspec.Struct, frozen=True, gc=False):
+    """A causal reference to another span: ``trace_id`` 16 bytes, ``span_id`` 8 bytes."""
+
+    trace_id: bytes
+    span_id: bytes
+    trace_state: str
+    attributes: Attributes
+
+
+class Span(msgspec.Struct, frozen=True, gc=False):
+    """One finished span, ready to be encoded.
+
+    Ids are raw bytes (16, 8, 8); ``parent_span_id`` is empty for a root. Times are Unix nanoseconds. ``kind`` is a
+    ``SpanKind`` number. ``link_method`` names how the parent was found and is exported as ``spanloom.link.method``;
+    empty for a root without any context. ``sampled`` is the trace's decision (the exported ``flags`` low bit).
+    ``process_key`` selects the resource.
+    """
+
+    trace_id: bytes
+    span_id: bytes
+    parent_span_id: bytes
+    trace_state: str
+    name: str
+    kind: int
+    start_time_ns: int
+    end_time_ns: int
+    attributes: Attributes
+    error: bool
+    links: tuple[SpanLink, ...]
+    link_method: str
+    sampled: bool
+    process_key: tuple[int, int]

@@ -1,0 +1,121 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The wire contract with user space: enums and record structs, nothing else.
+ *
+ * agent/kernel/layout.py is generated from the BTF that the compiler makes of this file, and the loader refuses an
+ * object whose layout differs. Include a file that defines __u8 .. __u64 first (linux/types.h or kernel_types.h).
+ */
+#ifndef SPANLOOM_EVENTS_H
+#define SPANLOOM_EVENTS_H
+
+enum record_kind {
+	RECORD_EXCHANGE = 1, /* one request and what is known of its response */
+	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
+	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
+	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
+};
+
+enum exchange_role {
+	ROLE_SERVER = 1, /* this process received the request */
+	ROLE_CLIENT = 2, /* this process sent the request */
+};
+
+/* Why a record left the kernel. OPEN and QUIET are provisional: a later record of the same exchange supersedes it. */
+enum exchange_end {
+	END_OPEN = 1,       /* no response yet, but the request has waited long enough to be announced */
+	END_QUIET = 2,      /* response bytes were seen, and then none for a while */
+	END_NEXT = 3,       /* the next request began on the connection */
+	END_CLOSED = 4,     /* the connection closed */
+	END_RESET = 5,      /* the peer reset the connection */
+	END_TIMED_OUT = 6,  /* the transport gave up (ETIMEDOUT), or the exchange outlived its limit */
+	END_HANDED_OVER = 7, /* 101 Switching Protocols or CONNECT: the connection is left alone from here on */
+};
+
+enum exchange_flag {
+	FLAG_FIRST = 1 << 0,              /* first record of this exchange id */
+	FLAG_REQUEST_TRUNCATED = 1 << 1,  /* the request has more bytes than were captured */
+	FLAG_RESPONSE_TRUNCATED = 1 << 2, /* the response has more bytes than were captured */
+	FLAG_TAIL_VALID = 1 << 3,         /* tail holds the last min(8, response_bytes) bytes, right-aligned */
+	FLAG_PEER_CLOSED = 1 << 4,        /* the peer's FIN arrived while the exchange was open */
+	FLAG_CLIENT_ONLY = 1 << 5,        /* the process had served no exchange when this one began */
+	FLAG_PROCESS_UNKNOWN = 1 << 6,    /* user space had not decided on the process when this one began */
+	FLAG_INTERIM = 1 << 7,            /* 1xx responses were seen and left out of the response bytes */
+	FLAG_REQUEST_GAP = 1 << 8,        /* request bytes are missing between the captured ones and what follows */
+};
+
+enum segment_direction {
+	DIRECTION_REQUEST = 1,
+	DIRECTION_RESPONSE = 2,
+};
+
+struct record_exchange {
+	__u16 kind; /* enum record_kind */
+	__u8 role;  /* enum exchange_role */
+	__u8 end;   /* enum exchange_end */
+	__u32 flags; /* enum exchange_flag */
+	__u64 exchange_id;   /* random, never 0: becomes the span id */
+	__u64 parent_id;     /* client: the server exchange that the thread is serving, or 0 */
+	__u64 peer_id;       /* server: the client exchange at the other end of the connection, or 0 */
+	__u64 connection_id; /* unique while the agent runs */
+	__u64 process_start_ns; /* start time of the process, CLOCK_BOOTTIME */
+	__u64 request_start_ns; /* all times of the exchange: CLOCK_MONOTONIC */
+	__u64 request_end_ns;
+	__u64 response_start_ns; /* 0 without a response */
+	__u64 response_end_ns;
+	__u64 end_ns;         /* when the record was made: the close, the next request, the look-up */
+	__u64 request_bytes;  /* head and body */
+	__u64 response_bytes; /* head and body, without interim responses */
+	__u32 tgid;
+	__u32 request_tid;
+	__u32 response_tid;
+	__u32 netns;
+	__u16 local_port;  /* host byte order */
+	__u16 remote_port; /* host byte order */
+	__u16 request_captured;  /* bytes of data that belong to the request; the response's follow them */
+	__u16 response_captured;
+	__u8 local_address[16]; /* IPv6, or IPv4-mapped IPv6 */
+	__u8 remote_address[16];
+	__u8 tail[8];
+};
+
+struct record_process {
+	__u16 kind;
+	__u8 _pad[2];
+	__u32 tgid;
+	__u64 start_ns; /* CLOCK_BOOTTIME */
+	__u64 cgroup_id;
+	__u32 uid;
+	__u32 ppid;
+	char comm[16]; /* of the thread group leader */
+	char executable[64]; /* last component of the executable's path */
+};
+
+struct record_segment {
+	__u16 kind;
+	__u8 role;
+	__u8 direction; /* enum segment_direction */
+	__u32 captured; /* bytes of data that follow */
+	__u64 connection_id;
+	__u64 process_start_ns;
+	__u64 time_ns;
+	__u64 offset; /* bytes of this direction before this segment, counted since the connection entered stream mode */
+	__u64 length; /* bytes of the segment; more than captured means a gap */
+	__u32 tgid;
+	__u32 tid;
+	__u32 netns;
+	__u16 local_port;
+	__u16 remote_port;
+	__u8 local_address[16];
+	__u8 remote_address[16];
+};
+
+struct record_close {
+	__u16 kind;
+	__u8 role;
+	__u8 end; /* END_CLOSED, END_RESET or END_TIMED_OUT */
+	__u32 flags; /* FLAG_PEER_CLOSED */
+	__u64 connection_id;
+	__u64 exchange_id; /* the exchange that was open or reported last, or 0 */
+	__u64 time_ns;
+};
+
+#endif
