@@ -47,6 +47,32 @@ enum segment_direction {
 	DIRECTION_RESPONSE = 2,
 };
 
+/* Indices of the counters map. begun = emitted + dropped_* + cancelled + streamed + in flight. */
+enum counter {
+	COUNTER_BEGUN,              /* exchanges begun */
+	COUNTER_EMITTED,            /* exchanges whose first record reached the ring buffer */
+	COUNTER_DROPPED_RING_FULL,  /* exchanges lost because the ring buffer was full */
+	COUNTER_DROPPED_STATE_FULL, /* exchanges lost because the connections map was full */
+	COUNTER_DROPPED_NOT_HTTP,   /* what looked like a request was not answered in HTTP */
+	COUNTER_CANCELLED,          /* the write that began the exchange was refused (EAGAIN and the like) */
+	COUNTER_STREAMED,           /* exchanges handed to stream mode, which user space accounts for */
+	COUNTER_REEMITTED,          /* later records of exchanges that were reported before */
+	COUNTER_REEMIT_LOST,        /* the same, lost because the ring buffer was full */
+	COUNTER_SEGMENTS,           /* stream-mode segments emitted */
+	COUNTER_SEGMENTS_LOST,      /* stream-mode segments lost because the ring buffer was full */
+	COUNTER_CLOSES_LOST,        /* close records lost because the ring buffer was full */
+	COUNTER_PROCESSES_LOST,     /* process records lost because the ring buffer was full */
+	COUNTER_PROCESS_FULL,       /* a process could not be remembered */
+	COUNTER_THREAD_FULL,        /* a thread could not be remembered: no parent by thread */
+	COUNTER_ENDPOINT_FULL,      /* a client's address could not be remembered: no peer */
+	COUNTER_IGNORED_TLS,        /* segments of untracked connections that look like TLS */
+	COUNTER_IGNORED_OTHER,      /* segments of untracked connections that are not an HTTP request */
+	COUNTER_IGNORED_PORT,       /* requests on ports that are not selected */
+	COUNTER_RESPONSE_ALONE,     /* response bytes without a request: it was sent before the agent started */
+	COUNTER_READ_FAULT,         /* user memory that could not be read */
+	COUNTERS,
+};
+
 struct record_exchange {
 	__u16 kind; /* enum record_kind */
 	__u8 role;  /* enum exchange_role */
@@ -55,7 +81,7 @@ struct record_exchange {
 	__u64 exchange_id;   /* random, never 0: becomes the span id */
 	__u64 parent_id;     /* client: the server exchange that the thread is serving, or 0 */
 	__u64 peer_id;       /* server: the client exchange at the other end of the connection, or 0 */
-	__u64 connection_id; /* unique while the agent runs */
+	__u64 connection_id; /* random, never 0 */
 	__u64 process_start_ns; /* start time of the process, CLOCK_BOOTTIME */
 	__u64 request_start_ns; /* all times of the exchange: CLOCK_MONOTONIC */
 	__u64 request_end_ns;

@@ -1,0 +1,286 @@
+"""Builds ``agent.kernel._libbpf``: libbpf through cffi, and the few lines of C that drain the ring buffer.
+
+In: nothing. Out: a cffi builder that setuptools runs at install time (``ffibuilder``). The C part copies whole batches
+of records into one buffer per call, so that no Python runs per record; the memory ordering towards the kernel is
+libbpf's.
+"""
+
+from cffi import FFI
+
+ffibuilder = FFI()
+
+ffibuilder.cdef(
+    """
+struct bpf_object; struct bpf_map; struct bpf_program; struct bpf_link; struct ring_buffer;
+struct bpf_object *bpf_object__open_file(const char *path, const void *opts);
+int bpf_object__load(struct bpf_object *object);
+void bpf_object__close(struct bpf_object *object);
+struct bpf_map *bpf_object__find_map_by_name(const struct bpf_object *object, const char *name);
+struct bpf_program *bpf_object__find_program_by_name(const struct bpf_object *object, const char *name);
+struct bpf_program *bpf_object__next_program(const struct bpf_object *object, struct bpf_program *previous);
+const char *bpf_program__name(const struct bpf_program *program);
+int bpf_program__fd(const struct bpf_program *program);
+int bpf_program__set_autoload(struct bpf_program *program, bool autoload);
+struct bpf_link *bpf_program__attach(const struct bpf_program *program);
+int bpf_link__destroy(struct bpf_link *link);
+int bpf_link__fd(const struct bpf_link *link);
+int bpf_map__fd(const struct bpf_map *map);
+int bpf_map__set_max_entries(struct bpf_map *map, uint32_t entries);
+int bpf_map__set_value_size(struct bpf_map *map, uint32_t bytes);
+void *bpf_map__initial_value(struct bpf_map *map, size_t *bytes);
+int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
+int bpf_map_lookup_elem(int fd, const void *key, void *value);
+int bpf_map_delete_elem(int fd, const void *key);
+int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+int bpf_iter_create(int link_fd);
+int libbpf_num_possible_cpus(void);
+int libbpf_probe_bpf_prog_type(int type, const void *opts);
+int libbpf_probe_bpf_map_type(int type, const void *opts);
+
+struct drain { ...; };
+struct drain *spanloom_drain_new(int map_fd);
+void spanloom_drain_free(struct drain *drain);
+int spanloom_drain_wait(struct drain *drain, int timeout_ms);
+long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint32_t *offsets, size_t slots);
+size_t spanloom_drain_used(struct drain *drain);
+
+void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes);
+int spanloom_describe(struct bpf_object *object, const char *name, char *text, size_t bytes);
+struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bpf_map *map);
+int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, void *context, uint32_t context_bytes,
+                      uint32_t *retval);
+
+struct program_statistics { uint64_t run_time_ns; uint64_t run_count; uint64_t misses; uint32_t verified_instructions; };
+int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
+void spanloom_log_reset(void);
+const char *spanloom_log(void);
+long spanloom_bpf(int command, void *attributes, unsigned int bytes);
+"""
+)
+
+ffibuilder.set_source(
+    "agent.kernel._libbpf",
+    r"""
+#include <bpf/bpf.h>
+#include <bpf/btf.h>
+#include <bpf/libbpf.h>
+#include <errno.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* What libbpf said since the last reset; kept for the error message, never printed by itself. Bounded: the end of the
+ * text is what names the cause, so a full buffer drops its first half. */
+static char log_text[65536];
+static size_t log_used;
+
+static int keep_log(enum libbpf_print_level level, const char *format, va_list arguments)
+{
+    int written;
+
+    if (level == LIBBPF_DEBUG)
+        return 0;
+    if (log_used > sizeof(log_text) / 2) {
+        memmove(log_text, log_text + log_used / 2, log_used - log_used / 2);
+        log_used -= log_used / 2;
+    }
+    written = vsnprintf(log_text + log_used, sizeof(log_text) - log_used, format, arguments);
+    if (written > 0) {
+        log_used += written;
+        if (log_used >= sizeof(log_text))
+            log_used = sizeof(log_text) - 1;
+    }
+    return written;
+}
+
+static void spanloom_log_reset(void)
+{
+    log_used = 0;
+    log_text[0] = 0;
+    libbpf_set_print(keep_log);
+}
+
+static const char *spanloom_log(void) { return log_text; }
+
+struct drain {
+    struct ring_buffer *ring;
+    unsigned char *buffer;
+    size_t bytes, used, largest;
+    uint32_t *offsets;
+    size_t slots, count;
+};
+
+/* Records keep the kernel's 8-byte alignment in the batch. */
+static int copy_record(void *context, void *data, size_t size)
+{
+    struct drain *drain = context;
+
+    memcpy(drain->buffer + drain->used, data, size);
+    drain->offsets[drain->count++] = drain->used;
+    drain->used += (size + 7) & ~(size_t)7;
+    /* A negative return ends the batch; libbpf has released this record by then. */
+    return drain->count == drain->slots || drain->bytes - drain->used < drain->largest ? -E2BIG : 0;
+}
+
+static struct drain *spanloom_drain_new(int map_fd)
+{
+    struct drain *drain = calloc(1, sizeof(*drain));
+
+    if (!drain)
+        return NULL;
+    drain->largest = 16384; /* above every record of events.h */
+    drain->ring = ring_buffer__new(map_fd, copy_record, drain, NULL);
+    if (!drain->ring) {
+        free(drain);
+        return NULL;
+    }
+    return drain;
+}
+
+static void spanloom_drain_free(struct drain *drain)
+{
+    if (drain)
+        ring_buffer__free(drain->ring);
+    free(drain);
+}
+
+/* 1: records wait or the kernel asked to be read; 0: time is up; negative: -errno. */
+static int spanloom_drain_wait(struct drain *drain, int timeout_ms)
+{
+    struct epoll_event event;
+    int count = epoll_wait(ring_buffer__epoll_fd(drain->ring), &event, 1, timeout_ms);
+
+    return count < 0 ? -errno : count;
+}
+
+/* Copies one batch. Returns the number of records; offsets are relative to the buffer. */
+static long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint32_t *offsets, size_t slots)
+{
+    int result;
+
+    drain->buffer = buffer;
+    drain->bytes = bytes;
+    drain->offsets = offsets;
+    drain->slots = slots;
+    drain->used = drain->count = 0;
+    result = ring_buffer__consume(drain->ring);
+    return result < 0 && result != -E2BIG ? result : (long)drain->count;
+}
+
+static size_t spanloom_drain_used(struct drain *drain) { return drain->used; }
+
+static void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes)
+{
+    const struct btf *btf = bpf_object__btf(object);
+    struct bpf_map *map = bpf_object__find_map_by_name(object, section);
+    int id = btf ? btf__find_by_name_kind(btf, section, BTF_KIND_DATASEC) : -1;
+    const struct btf_type *datasec;
+    const struct btf_var_secinfo *info;
+    size_t size;
+    char *start;
+
+    if (!map || id < 0)
+        return NULL;
+    start = bpf_map__initial_value(map, &size);
+    datasec = btf__type_by_id(btf, id);
+    info = btf_var_secinfos(datasec);
+    for (int i = 0; start && i < btf_vlen(datasec); i++, info++) {
+        const struct btf_type *variable = btf__type_by_id(btf, info->type);
+
+        if (!strcmp(btf__name_by_offset(btf, variable->name_off), name))
+            return info->size == bytes && info->offset + bytes <= size ? start + info->offset : NULL;
+    }
+    return NULL;
+}
+
+/* Writes one line per member of a struct ("name offset size kind") or per value of an enum ("name value"). */
+static int spanloom_describe(struct bpf_object *object, const char *name, char *text, size_t bytes)
+{
+    const struct btf *btf = bpf_object__btf(object);
+    size_t used = 0;
+    int id;
+
+    if (!btf)
+        return -ENOENT;
+    id = btf__find_by_name_kind(btf, name, BTF_KIND_STRUCT);
+    if (id >= 0) {
+        const struct btf_type *type = btf__type_by_id(btf, id);
+        const struct btf_member *member = btf_members(type);
+
+        for (int i = 0; i < btf_vlen(type); i++, member++) {
+            const struct btf_type *resolved = btf__type_by_id(btf, btf__resolve_type(btf, member->type));
+
+            used += snprintf(text + used, bytes - used, "%s %u %lld %s\n", btf__name_by_offset(btf, member->name_off),
+                             btf_member_bit_offset(type, i) / 8, (long long)btf__resolve_size(btf, member->type),
+                             btf_is_array(resolved) ? "array" : "integer");
+            if (used >= bytes)
+                return -E2BIG;
+        }
+        used += snprintf(text + used, bytes - used, "sizeof 0 %u struct\n", type->size);
+        return used < bytes ? 0 : -E2BIG;
+    }
+    id = btf__find_by_name_kind(btf, name, BTF_KIND_ENUM);
+    if (id >= 0) {
+        const struct btf_type *type = btf__type_by_id(btf, id);
+        const struct btf_enum *value = btf_enum(type);
+
+        for (int i = 0; i < btf_vlen(type); i++, value++) {
+            used += snprintf(text + used, bytes - used, "%s %d\n", btf__name_by_offset(btf, value->name_off), value->val);
+            if (used >= bytes)
+                return -E2BIG;
+        }
+        return 0;
+    }
+    return -ENOENT;
+}
+
+static struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bpf_map *map)
+{
+    union bpf_iter_link_info info = { .map.map_fd = bpf_map__fd(map) };
+    LIBBPF_OPTS(bpf_iter_attach_opts, options, .link_info = &info, .link_info_len = sizeof(info));
+
+    return bpf_program__attach_iter(program, &options);
+}
+
+static int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, void *context,
+                             uint32_t context_bytes, uint32_t *retval)
+{
+    LIBBPF_OPTS(bpf_test_run_opts, options, .repeat = repeat, .ctx_in = context, .ctx_size_in = context_bytes);
+    int error = bpf_prog_test_run_opts(program_fd, &options);
+
+    *duration_ns = options.duration;
+    *retval = options.retval;
+    return error;
+}
+
+struct program_statistics { uint64_t run_time_ns; uint64_t run_count; uint64_t misses; uint32_t verified_instructions; };
+
+static int spanloom_program_statistics(int program_fd, struct program_statistics *statistics)
+{
+    struct bpf_prog_info info = {};
+    uint32_t length = sizeof(info);
+    int error = bpf_obj_get_info_by_fd(program_fd, &info, &length);
+
+    statistics->run_time_ns = info.run_time_ns;
+    statistics->run_count = info.run_cnt;
+    statistics->misses = info.recursion_misses;
+    statistics->verified_instructions = info.verified_insns;
+    return error;
+}
+
+static long spanloom_bpf(int command, void *attributes, unsigned int bytes)
+{
+    long result = syscall(__NR_bpf, command, attributes, bytes);
+
+    return result < 0 ? -errno : result;
+}
+""",
+    libraries=["bpf"],
+    extra_compile_args=["-O2", "-Wall"],
+)
+
+if __name__ == "__main__":
+    ffibuilder.compile(verbose=True)

@@ -1,0 +1,354 @@
+"""Loads and attaches the capture programs, and hands out what they record.
+
+In: settings and a BPF object file. Out: batches of ring-buffer bytes with record offsets, counters, program statistics.
+Raises the errors of ``agent.errors`` with what to do; never parses a record.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import platform
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+import msgspec
+
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError, TracingRefusedError
+from agent.kernel._libbpf import ffi, lib
+from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_struct
+
+BATCH_BYTES = 1 << 20
+"""Bytes drained per call: small enough to stay in the cache, large enough that the call does not matter."""
+BATCH_SLOTS = 4096
+
+REQUEST_CAP_MAX = 8192
+RESPONSE_CAP_MAX = 2048
+COPY_SLACK = 256
+
+PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
+
+_PROGRAMS = ("on_sys_enter", "on_sys_exit", "on_sock_state", "on_process_exit", "on_process_exec")
+
+
+class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
+    """What the programs are loaded with. Sizes in bytes; ports are the server's; empty ``include`` selects all."""
+
+    request_head_bytes: int = 1024
+    response_head_bytes: int = 256
+    connections: int = 32768
+    processes: int = 8192
+    ring_buffer_bytes: int = 8 << 20
+    exchange_timeout_seconds: float = 600.0
+    quiet_seconds: float = 0.05
+    open_seconds: float = 0.2
+    ports_include: tuple[int, ...] = ()
+    ports_exclude: tuple[int, ...] = ()
+
+
+class ProgramStatistics(msgspec.Struct, frozen=True):
+    """The kernel's own account of one program. Run time and count need ``kernel.bpf_stats_enabled``."""
+
+    name: str
+    run_time_ns: int
+    run_count: int
+    misses: int
+    verified_instructions: int
+
+
+def object_path() -> Path:
+    """Where the build puts the BPF object for this machine's architecture."""
+    return Path(__file__).with_name(f"capture.{platform.machine()}.bpf.o")
+
+
+class Capture:
+    """The loaded and attached programs. Use as a context manager; everything is released at the end.
+
+    Raises PrivilegeError, KernelUnsupportedError or TracingRefusedError when loading or attaching is impossible.
+    """
+
+    def __init__(self, settings: CaptureSettings, path: Path | None = None) -> None:
+        self._links: list = []
+        self._object = ffi.NULL
+        self._drain = ffi.NULL
+        self._iter_link = ffi.NULL
+        lib.spanloom_log_reset()
+        path = path or object_path()
+        if not path.exists():
+            raise SpanloomError(f"{path.name} is missing: run `make build` (or reinstall the package)")
+        try:
+            self._open(settings, path)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, settings: CaptureSettings, path: Path) -> None:
+        require_tracing_privileges()
+        self._object = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
+        if self._object == ffi.NULL:
+            raise _load_error(ffi.errno, "open")
+        self.layout = WireLayout.from_descriptions(self._describe)
+        process = parse_struct("process", self._describe("process"))
+        if process.fields != ("start_ns", "state", "served"):
+            raise LayoutMismatchError(f"struct process has {process.fields}")
+        self._process = process.codec
+        self._configure(settings)
+        error = lib.bpf_object__load(self._object)
+        if error:
+            raise _load_error(-error, "load")
+        self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
+        self._ports(settings)
+        self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
+        self._drain = lib.spanloom_drain_new(lib.bpf_map__fd(self._map("records")))
+        if self._drain == ffi.NULL:
+            raise _load_error(ffi.errno, "map the ring buffer")
+        self._buffer = ffi.new("unsigned char[]", BATCH_BYTES)
+        self._offsets = ffi.new("uint32_t[]", BATCH_SLOTS)
+        self._cpus = lib.libbpf_num_possible_cpus()
+        self._counter_values = ffi.new("uint64_t[]", self._cpus)
+
+    def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
+        """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
+        for tgid in ignore_tgids:
+            self.decide(tgid, 0, PROCESS_IGNORED)
+        for name in _PROGRAMS:
+            link = lib.bpf_program__attach(self._program(name))
+            if link == ffi.NULL:
+                raise _load_error(ffi.errno, f"attach {name}")
+            self._links.append(link)
+        self._iter_link = lib.spanloom_attach_map_iter(self._program("sweep"), self._map("connections"))
+        if self._iter_link == ffi.NULL:
+            raise _load_error(ffi.errno, "attach sweep")
+
+    def wait(self, timeout_seconds: float) -> bool:
+        """Sleep until the kernel asks to be read, a signal arrives, or the time is up. True: there is something."""
+        return lib.spanloom_drain_wait(self._drain, int(timeout_seconds * 1000)) > 0
+
+    def drain(self) -> tuple[bytes, list[int]]:
+        """Take one batch: its bytes and the offset of each record. Empty when nothing is waiting."""
+        count = lib.spanloom_drain(self._drain, self._buffer, BATCH_BYTES, self._offsets, BATCH_SLOTS)
+        if count < 0:
+            raise SpanloomError(f"reading the ring buffer failed: {os.strerror(-count)}")
+        if not count:
+            return b"", []
+        used = lib.spanloom_drain_used(self._drain)
+        return ffi.buffer(self._buffer, used)[:], ffi.unpack(self._offsets, count)
+
+    def sweep(self) -> int:
+        """Let the kernel report what has gone quiet or has waited for long.
+
+        Returns the watermark in CLOCK_MONOTONIC nanoseconds: of every exchange that began before it a record is in the
+        ring buffer by now (or was dropped and counted).
+        """
+        started_ns = time.monotonic_ns()
+        self._oldest[0] = (1 << 64) - 1
+        descriptor = lib.bpf_iter_create(lib.bpf_link__fd(self._iter_link))
+        if descriptor < 0:
+            raise SpanloomError(f"the sweep over connections failed: {os.strerror(ffi.errno)}")
+        try:
+            while os.read(descriptor, 4096):
+                pass
+        finally:
+            os.close(descriptor)
+        return min(self._oldest[0], started_ns)
+
+    def decide(self, tgid: int, start_ns: int, state: int) -> None:
+        """Record whether a process is traced. ``served`` is kept when the kernel set it already."""
+        key = ffi.new("uint32_t *", tgid)
+        value = ffi.new("unsigned char[]", self._process.size)
+        served = 0
+        if lib.bpf_map_lookup_elem(self._maps["processes"], key, value) == 0:
+            seen_start_ns, _, served = self._process.unpack(ffi.buffer(value))
+            if seen_start_ns != start_ns:
+                return  # another process has the number by now
+        ffi.buffer(value)[:] = self._process.pack(start_ns, state, served)
+        lib.bpf_map_update_elem(self._maps["processes"], key, value, 0)
+
+    def counters(self) -> dict[str, int]:
+        """Sum the per-CPU counters of ``enum counter``, by lower-case name."""
+        result = {}
+        key = ffi.new("uint32_t *")
+        for index, name in enumerate(self.layout.counters):
+            key[0] = index
+            lib.bpf_map_lookup_elem(self._maps["counters"], key, self._counter_values)
+            result[name] = sum(ffi.unpack(self._counter_values, self._cpus))
+        return result
+
+    def connections(self) -> int:
+        """Count the tracked connections (walks the map: for tests and metrics, not for the hot path)."""
+        key, following = ffi.new("uint64_t *"), ffi.new("uint64_t *")
+        previous, count = ffi.NULL, 0
+        while lib.bpf_map_get_next_key(self._maps["connections"], previous, following) == 0:
+            key[0] = following[0]
+            previous, count = key, count + 1
+        return count
+
+    def statistics(self) -> list[ProgramStatistics]:
+        """The kernel's statistics of every program."""
+        result = []
+        statistics = ffi.new("struct program_statistics *")
+        for name in (*_PROGRAMS, "sweep"):
+            if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
+                result.append(
+                    ProgramStatistics(
+                        name,
+                        statistics.run_time_ns,
+                        statistics.run_count,
+                        statistics.misses,
+                        statistics.verified_instructions,
+                    )
+                )
+        return result
+
+    def map_fd(self, name: str) -> int:
+        """The file descriptor of a map, for programs that write into it (the benchmark's generator)."""
+        return lib.bpf_map__fd(self._map(name))
+
+    def detach(self) -> None:
+        """Stop capturing; what is in the ring buffer can still be drained."""
+        while self._links:
+            lib.bpf_link__destroy(self._links.pop())
+
+    def close(self) -> None:
+        """Detach and release everything. May be called twice."""
+        self.detach()
+        if self._iter_link != ffi.NULL:
+            lib.bpf_link__destroy(self._iter_link)
+            self._iter_link = ffi.NULL
+        if self._drain != ffi.NULL:
+            lib.spanloom_drain_free(self._drain)
+            self._drain = ffi.NULL
+        if self._object != ffi.NULL:
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
+
+    def __enter__(self) -> Capture:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _configure(self, settings: CaptureSettings) -> None:
+        request, response = settings.request_head_bytes, settings.response_head_bytes
+        if not (0 < request <= REQUEST_CAP_MAX and 0 < response <= RESPONSE_CAP_MAX):
+            raise SpanloomError("capture limits are out of range")
+        constants = {
+            "request_cap": ("uint32_t *", 4, request),
+            "response_cap": ("uint32_t *", 4, response),
+            "quiet_ns": ("uint64_t *", 8, int(settings.quiet_seconds * 1e9)),
+            "open_ns": ("uint64_t *", 8, int(settings.open_seconds * 1e9)),
+            "expire_ns": ("uint64_t *", 8, int(settings.exchange_timeout_seconds * 1e9)),
+            "ports_filtered": ("uint8_t *", 1, bool(settings.ports_include or settings.ports_exclude)),
+            "ports_default": ("uint8_t *", 1, not settings.ports_include),
+        }
+        for name, (kind, size, value) in constants.items():
+            ffi.cast(kind, self._variable(".rodata", name, size))[0] = value
+        offsets = dict(line.split()[:2] for line in self._describe("connection").splitlines())
+        entry = int(offsets["data"]) + request + response + COPY_SLACK
+        entry = (entry + 7) & ~7
+        for name, size in (("connections", entry), ("sweep_scratch", entry)):
+            self._check(lib.bpf_map__set_value_size(self._map(name), size))
+        for name, entries in (
+            ("connections", settings.connections),
+            ("endpoints", settings.connections),
+            ("processes", settings.processes),
+            ("records", settings.ring_buffer_bytes),
+        ):
+            self._check(lib.bpf_map__set_max_entries(self._map(name), entries))
+
+    def _ports(self, settings: CaptureSettings) -> None:
+        descriptor = lib.bpf_map__fd(self._map("ports"))
+        key, value = ffi.new("uint16_t *"), ffi.new("uint8_t *")
+        for ports, selected in ((settings.ports_include, 1), (settings.ports_exclude, 0)):
+            for port in ports:
+                key[0], value[0] = port, selected
+                self._check(lib.bpf_map_update_elem(descriptor, key, value, 0))
+
+    def _describe(self, name: str) -> str:
+        text = ffi.new("char[]", 16384)
+        if lib.spanloom_describe(self._object, name.encode(), text, 16384):
+            raise SpanloomError(f"the BPF object does not describe {name}: it was built without -g")
+        return ffi.string(text).decode()
+
+    def _variable(self, section: str, name: str, size: int):  # noqa: ANN202 - a cffi pointer
+        pointer = lib.spanloom_variable(self._object, section.encode(), name.encode(), size)
+        if pointer == ffi.NULL:
+            raise SpanloomError(f"the BPF object has no {size}-byte variable {name} in {section}")
+        return pointer
+
+    def _map(self, name: str):  # noqa: ANN202 - a cffi pointer
+        found = lib.bpf_object__find_map_by_name(self._object, name.encode())
+        if found == ffi.NULL:
+            raise SpanloomError(f"the BPF object has no map {name}")
+        return found
+
+    def _program(self, name: str):  # noqa: ANN202 - a cffi pointer
+        found = lib.bpf_object__find_program_by_name(self._object, name.encode())
+        if found == ffi.NULL:
+            raise SpanloomError(f"the BPF object has no program {name}")
+        return found
+
+    @staticmethod
+    def _check(error: int) -> None:
+        if error:
+            raise _load_error(-error, "prepare maps")
+
+
+def require_tracing_privileges() -> None:
+    """Fail early, with the remedy, on what loading would fail on anyway.
+
+    Raises PrivilegeError without root or CAP_BPF + CAP_PERFMON (or CAP_SYS_ADMIN), KernelUnsupportedError without BTF.
+    """
+    effective = effective_capabilities()
+    admin, perfmon, bpf = 1 << 21, 1 << 38, 1 << 39  # include/uapi/linux/capability.h
+    if not effective & admin and (effective & (perfmon | bpf)) != perfmon | bpf:
+        raise PrivilegeError(
+            "tracing needs root, or CAP_BPF and CAP_PERFMON (and CAP_SYS_PTRACE to name processes): "
+            "run it with sudo, or as a privileged container with hostPID"
+        )
+    if not os.path.exists("/sys/kernel/btf/vmlinux"):
+        raise KernelUnsupportedError(
+            "this kernel offers no BTF (/sys/kernel/btf/vmlinux): it needs CONFIG_DEBUG_INFO_BTF=y, "
+            "which distribution kernels have from 5.8 on"
+        )
+
+
+def effective_capabilities() -> int:
+    """The effective capability set of this process as a bit mask (proc(5), CapEff)."""
+    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
+        for line in status:
+            if line.startswith("CapEff:"):
+                return int(line.split()[1], 16)
+    return 0
+
+
+def _load_error(code: int, action: str) -> SpanloomError:
+    """Map an errno of libbpf to our error, with the last thing libbpf said about it."""
+    said = ffi.string(lib.spanloom_log()).decode("utf-8", "replace").strip().splitlines()
+    detail = f" ({said[-1].strip()[:200]})" if said else ""
+    reason = os.strerror(code)
+    if code in (errno.EPERM, errno.EACCES) and not any("processed" in line for line in said):
+        lockdown = _lockdown()
+        if lockdown == "confidentiality":
+            return TracingRefusedError(
+                "the kernel is locked down (confidentiality), which forbids reading kernel memory from BPF: "
+                "boot with lockdown=integrity or none"
+            )
+        return TracingRefusedError(
+            f"the kernel refuses to {action} the probes: {reason}; run `spanloom check` to see what is allowed{detail}"
+        )
+    if code in (errno.EINVAL, errno.EOPNOTSUPP, errno.ESRCH, errno.ENOENT, errno.E2BIG, errno.ENOTSUP):
+        return KernelUnsupportedError(
+            f"this kernel ({platform.release()}) cannot {action} the probes: {reason}; Spanloom needs Linux 5.10 or "
+            f"later; run `spanloom check`{detail}"
+        )
+    return SpanloomError(f"cannot {action} the probes: {reason}{detail}")
+
+
+def _lockdown() -> str:
+    try:
+        with open("/sys/kernel/security/lockdown", encoding="ascii") as state:
+            return state.read().split("[", 1)[1].split("]", 1)[0]
+    except (OSError, IndexError):
+        return "none"

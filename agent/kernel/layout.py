@@ -1,0 +1,121 @@
+"""From the BTF of a BPF object to the Python layout of its records.
+
+In: the text that ``spanloom_describe`` makes of the object's BTF. Out: ``struct.Struct`` codecs, checked against the
+records of ``agent.model``. An object whose layout differs is refused: numbers are never kept in step by hand.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from agent import model
+from agent.errors import SpanloomError
+
+_INTEGERS = {1: "B", 2: "H", 4: "I", 8: "Q"}
+
+
+class LayoutMismatchError(SpanloomError):
+    """The BPF object and this version of the agent were not built from the same bpf/events.h."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RecordLayout:
+    """One C struct: the codec of its whole extent and the names of its members in order, padding left out."""
+
+    codec: struct.Struct
+    fields: tuple[str, ...]
+
+
+def parse_struct(name: str, text: str) -> RecordLayout:
+    """Turn ``member offset size kind`` lines into a codec. Raises LayoutMismatchError on anything unforeseen."""
+    parts = ["<"]
+    fields: list[str] = []
+    position = 0
+    for line in text.splitlines():
+        member, offset_text, size_text, kind = line.split()
+        offset, size = int(offset_text), int(size_text)
+        if kind == "struct":  # the last line: the whole extent
+            if position != size:
+                raise LayoutMismatchError(f"struct {name}: implicit padding at its end")
+            return RecordLayout(codec=struct.Struct("".join(parts)), fields=tuple(fields))
+        if position != offset:
+            raise LayoutMismatchError(f"struct {name}: implicit padding before {member}")
+        position += size
+        if member.startswith("_pad"):
+            parts.append(f"{size}x")
+        elif kind == "array":
+            parts.append(f"{size}s")
+            fields.append(member)
+        elif size in _INTEGERS:
+            parts.append(_INTEGERS[size])
+            fields.append(member)
+        else:
+            raise LayoutMismatchError(f"struct {name}: member {member} has a size of {size} bytes")
+    raise LayoutMismatchError(f"struct {name} is not described")
+
+
+def parse_enum(text: str) -> dict[str, int]:
+    """Turn ``NAME value`` lines into a mapping."""
+    return {name: int(value) for name, value in (line.split() for line in text.splitlines())}
+
+
+def check_fields(name: str, layout: RecordLayout, record: type, captured: tuple[str, ...]) -> None:
+    """Compare a C struct with the model's record, whose further fields are the captured bytes.
+
+    Raises LayoutMismatchError naming the first difference.
+    """
+    expected = record.__struct_fields__
+    if layout.fields + captured != expected:
+        raise LayoutMismatchError(f"struct {name} has {layout.fields}, the agent expects {expected}")
+
+
+def check_enum(name: str, values: dict[str, int], prefix: str, members: type) -> None:
+    """Compare a C enum with the model's enum of the same meaning."""
+    found = {key.removeprefix(prefix): value for key, value in values.items()}
+    expected = {member.name: int(member) for member in members}  # type: ignore[attr-defined]
+    if found != expected:
+        raise LayoutMismatchError(f"enum {name} is {found}, the agent expects {expected}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WireLayout:
+    """Everything the decoder and the counters need to know about one BPF object."""
+
+    exchange: RecordLayout
+    process: RecordLayout
+    segment: RecordLayout
+    close: RecordLayout
+    kinds: dict[str, int]
+    counters: tuple[str, ...]
+
+    @classmethod
+    def from_descriptions(cls, describe) -> WireLayout:  # noqa: ANN001 - a callable from a C name to its text
+        """Read and check all of bpf/events.h. ``describe(name)`` returns the text for one struct or enum.
+
+        Raises LayoutMismatchError when anything differs from ``agent.model``.
+        """
+        layouts = {
+            name: parse_struct(name, describe(name))
+            for name in ("record_exchange", "record_process", "record_segment", "record_close")
+        }
+        check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
+        check_fields("record_segment", layouts["record_segment"], model.Segment, ("data",))
+        check_fields("record_close", layouts["record_close"], model.ConnectionClosed, ())
+        process = layouts["record_process"].fields
+        if process != ("kind", *model.ProcessSeen.__struct_fields__):
+            raise LayoutMismatchError(f"struct record_process has {process}")
+        check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
+        check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
+        check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
+        counters = parse_enum(describe("counter"))
+        if list(counters.values()) != list(range(len(counters))):
+            raise LayoutMismatchError("enum counter is not contiguous")
+        return cls(
+            exchange=layouts["record_exchange"],
+            process=layouts["record_process"],
+            segment=layouts["record_segment"],
+            close=layouts["record_close"],
+            kinds=parse_enum(describe("record_kind")),
+            counters=tuple(name.removeprefix("COUNTER_").lower() for name in list(counters)[:-1]),
+        )

@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Every difference between kernels, architectures or loaders, each with where it comes from. */
+#ifndef SPANLOOM_COMPAT_BPF_H
+#define SPANLOOM_COMPAT_BPF_H
+
+#include "kernel_types.h"
+
+#include <bpf/bpf_core_read.h>
+#include <bpf/bpf_endian.h>
+#include <bpf/bpf_helpers.h>
+#include <bpf/bpf_tracing.h>
+
+/* Syscall numbers: arch/x86/entry/syscalls/syscall_64.tbl, include/uapi/asm-generic/unistd.h. They are ABI. */
+#if defined(__TARGET_ARCH_x86)
+#define NR_read 0
+#define NR_write 1
+#define NR_poll 7
+#define NR_readv 19
+#define NR_writev 20
+#define NR_sendfile 40
+#define NR_sendto 44
+#define NR_recvfrom 45
+#define NR_sendmsg 46
+#define NR_recvmsg 47
+#define NR_epoll_wait 232
+#define NR_ppoll 271
+#define NR_splice 275
+#define NR_epoll_pwait 281
+#define NR_recvmmsg 299
+#define NR_sendmmsg 307
+#define NR_epoll_pwait2 441
+
+#define syscall_regs struct pt_regs___x86
+#define SYSCALL_NR(regs) ((regs)->orig_ax)
+#define SYSCALL_ARG1(regs) ((regs)->di)
+#define SYSCALL_ARG2(regs) ((regs)->si)
+#define SYSCALL_ARG3(regs) ((regs)->dx)
+#define SYSCALL_ARG4(regs) ((regs)->r10)
+/* 0x23 is __USER32_CS: a 32-bit task, whose numbers and iovecs are others (arch/x86/include/asm/segment.h). */
+#define SYSCALL_IS_COMPAT(regs) ((regs)->cs == 0x23)
+
+#elif defined(__TARGET_ARCH_arm64)
+#define NR_epoll_pwait 22
+#define NR_read 63
+#define NR_write 64
+#define NR_readv 65
+#define NR_writev 66
+#define NR_sendfile 71
+#define NR_ppoll 73
+#define NR_splice 76
+#define NR_sendto 206
+#define NR_recvfrom 207
+#define NR_sendmsg 211
+#define NR_recvmsg 212
+#define NR_recvmmsg 243
+#define NR_sendmmsg 269
+#define NR_epoll_pwait2 441
+#define NR_epoll_wait (-1)
+#define NR_poll (-2)
+
+#define syscall_regs struct pt_regs___arm64
+#define SYSCALL_NR(regs) ((__u32)(regs)->syscallno)
+/* x0 is overwritten by the return value; the first argument survives in orig_x0. */
+#define SYSCALL_ARG1(regs) ((regs)->orig_x0)
+#define SYSCALL_ARG2(regs) ((regs)->regs[1])
+#define SYSCALL_ARG3(regs) ((regs)->regs[2])
+#define SYSCALL_ARG4(regs) ((regs)->regs[3])
+/* PSR_MODE32_BIT (arch/arm64/include/uapi/asm/ptrace.h): an AArch32 task. */
+#define SYSCALL_IS_COMPAT(regs) ((regs)->pstate & 0x10)
+
+#else
+#error "define __TARGET_ARCH_x86 or __TARGET_ARCH_arm64"
+#endif
+
+/* Keeps the compiler from merging or reordering what the verifier must see as one bounded register. */
+#define opaque(variable) asm volatile("" : "+r"(variable))
+
+#endif

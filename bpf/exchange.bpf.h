@@ -1,0 +1,940 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The request/response state machine of half-duplex protocols.
+ *
+ * Per connection: idle -> request -> response -> (next request, close, quiet). One record leaves per exchange, with the
+ * heads, the byte counts and the four times. Whether the response is whole is decided by user space; a record that
+ * turned out to be early is superseded by a later one of the same exchange id.
+ *
+ * Outgoing bytes are handled when the system call is entered, so that an exchange is registered before its peer can
+ * react to it; a refused or short write is taken back when the call returns. Incoming bytes are handled at the return.
+ */
+#ifndef SPANLOOM_EXCHANGE_BPF_H
+#define SPANLOOM_EXCHANGE_BPF_H
+
+#include "sniff.bpf.h"
+#include "sock.bpf.h"
+
+/* One data-carrying system call, whatever its form. */
+struct transfer {
+	__u64 buffer;    /* user address of the bytes; unused with iov */
+	__u64 iov;       /* user address of an array of iovecs, or 0 */
+	__u64 length;    /* bytes moved, or offered at entry; with iov at entry: filled in by absorb() */
+	__u64 iov_count;
+};
+
+#define LENGTH_UNKNOWN (~0ULL)
+
+static __always_inline __u64 random_id(void)
+{
+	__u64 id = (__u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
+
+	return id ? id : 1;
+}
+
+static __always_inline bool read_iovec(struct user_iovec *iovec, __u64 iov, __u32 index)
+{
+	return !bpf_probe_read_user(iovec, sizeof(*iovec), (void *)(iov + index * sizeof(*iovec)));
+}
+
+/* What the first bytes of a transfer look like. */
+enum look {
+	LOOKS_REQUEST = 1 << 0,        /* is_request() */
+	LOOKS_COMMON_REQUEST = 1 << 1, /* is_common_request() */
+	LOOKS_RESPONSE = 1 << 2,
+	LOOKS_TLS = 1 << 3,
+	LOOK_FAILED = 1 << 4, /* no bytes, or memory that cannot be read */
+};
+
+/* `address` is that of the bytes, or of iov_count iovecs. Returns enum look. Global for the reason given at
+ * absorb_iovecs().
+ */
+__noinline int look_at(__u64 address, __u64 iov_count, __u64 length)
+{
+	struct first_bytes first = {};
+
+	if (!iov_count) {
+		first.length = length < 8 ? length : 8;
+		if (bpf_probe_read_user(&first.word, first.length, (void *)address))
+			goto fault;
+	}
+	for (__u32 i = 0; i < 8; i++) {
+		struct user_iovec iovec;
+		__u64 word = 0, piece;
+
+		if (i >= iov_count || first.length >= 8)
+			break;
+		if (!read_iovec(&iovec, address, i))
+			goto fault;
+		piece = 8 - first.length;
+		if (iovec.length < piece)
+			piece = iovec.length;
+		if (!piece)
+			continue;
+		if (bpf_probe_read_user(&word, piece & 15, (void *)iovec.base))
+			goto fault;
+		first.word |= word << (8 * (first.length & 7));
+		first.length += piece;
+	}
+	if (length < first.length) {
+		/* More room in the iovecs than bytes moved: the rest is not data. */
+		first.length = length;
+		first.word &= (1ULL << (8 * (first.length & 7))) - 1;
+	}
+	if (!first.length)
+		return LOOK_FAILED;
+	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
+	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
+fault:
+	count(COUNTER_READ_FAULT);
+	return LOOK_FAILED;
+}
+
+static __always_inline int look(const struct transfer *transfer)
+{
+	return look_at(transfer->iov ? transfer->iov : transfer->buffer, transfer->iov ? transfer->iov_count : 0,
+		       transfer->length);
+}
+
+static __always_inline void push_tail(struct connection *connection, __u64 buffer, __u64 length)
+{
+	__u64 word = 0;
+
+	if (length >= 8) {
+		connection->tail_valid = !bpf_probe_read_user(&connection->tail, 8, (void *)(buffer + length - 8));
+	} else if (length) {
+		__u32 few = length & 7;
+
+		if (bpf_probe_read_user(&word, few, (void *)buffer)) {
+			connection->tail_valid = 0;
+			return;
+		}
+		connection->tail = connection->tail >> (8 * few) | word << (8 * (8 - few));
+	}
+}
+
+/* Values that the verifier shall not follow: it would walk every combination of loop counters. What is read back from
+ * a map is an unknown number to it, and the loops below converge after one round.
+ */
+#define unfollowed(variable) (*(volatile typeof(variable) *)&(variable))
+
+/* Copies from user memory to the end of the data, at most up to `limit` bytes of data in all and COPY_SLACK in one
+ * call. Returns the bytes copied.
+ */
+static __always_inline __u32 copy_piece(struct connection *connection, __u32 limit, __u64 buffer, __u64 length)
+{
+	__u64 offset = unfollowed(connection->data_length);
+	__u64 piece;
+
+	if (offset >= limit || offset >= request_cap + response_cap)
+		return 0;
+	piece = limit - offset;
+	if (length < piece)
+		piece = length;
+	if (piece > COPY_SLACK)
+		piece = COPY_SLACK;
+	opaque(piece);
+	if (piece > COPY_SLACK || bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
+		return 0;
+	connection->data_length = offset + piece;
+	return piece;
+}
+
+/* The many-buffers form of absorb(). One round copies one piece of one buffer, so that the loop stays flat. A global
+ * function is verified once, not per call; before 5.12 (commit e5069b9c23b3) it may only take scalars.
+ */
+__noinline __u64 absorb_iovecs(__u64 sock, __u64 iov, __u64 iov_count, __u64 length, __u64 limit_and_tail)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct user_iovec iovec;
+
+	if (!connection)
+		return 0;
+	connection->cursor_total = 0;
+	connection->cursor_index = 0;
+	connection->cursor_offset = 0;
+	connection->cursor_limit = limit_and_tail >> 1;
+	for (__u32 i = 0; i < IOVECS_MAX + 40; i++) {
+		__u64 index = unfollowed(connection->cursor_index);
+		__u64 offset = unfollowed(connection->cursor_offset);
+		__u64 total = unfollowed(connection->cursor_total);
+		__u64 available;
+
+		if (index >= iov_count || total >= length)
+			return total;
+		if (!read_iovec(&iovec, iov, index)) {
+			count(COUNTER_READ_FAULT);
+			connection->tail_valid = 0;
+			return total;
+		}
+		available = iovec.length;
+		if (available > length - total)
+			available = length - total;
+		if ((limit_and_tail & 1) && !offset)
+			push_tail(connection, iovec.base, available);
+		if (offset < available) {
+			__u32 piece = copy_piece(connection, unfollowed(connection->cursor_limit),
+						 iovec.base + offset, available - offset);
+
+			if (piece && offset + piece < available) {
+				connection->cursor_offset = offset + piece;
+				continue;
+			}
+			if (!piece)
+				connection->cursor_limit = 0; /* no room, or a fault: the rest is not contiguous */
+		}
+		connection->cursor_offset = 0;
+		connection->cursor_index = index + 1;
+		connection->cursor_total = total + available;
+	}
+	/* More buffers than the loop allows: what follows the last one seen is unknown. */
+	connection->tail_valid = 0;
+	return length == LENGTH_UNKNOWN ? connection->cursor_total : length;
+}
+
+/* The one-buffer form of absorb(), when the first copy was not enough or is not possible. */
+static __noinline int absorb_pieces(struct connection *connection, struct transfer *transfer, __u32 limit)
+{
+	__u64 buffer, length, start;
+
+	if (!connection || !transfer)
+		return 0;
+	buffer = transfer->buffer;
+	length = transfer->length;
+	start = unfollowed(connection->data_length);
+	for (__u32 i = 0; i < REQUEST_CAP_MAX / COPY_SLACK; i++) {
+		__u64 done = unfollowed(connection->data_length) - start;
+
+		if (done >= length || !copy_piece(connection, limit, buffer + done, length - done))
+			break;
+	}
+	return 0;
+}
+
+/* Takes the bytes of a transfer: captures as many as there is room for below `limit` (0: none), follows the tail, and
+ * returns the number of bytes of the transfer.
+ */
+static __always_inline __u64 absorb(struct connection *connection, struct transfer *transfer, __u64 sock, __u32 limit,
+				     bool tail)
+{
+	if (transfer->iov)
+		return absorb_iovecs(sock, transfer->iov, transfer->iov_count, transfer->length,
+				     (__u64)limit << 1 | tail);
+	if (tail)
+		push_tail(connection, transfer->buffer, transfer->length);
+	if (!limit)
+		return transfer->length;
+	if (!connection->data_length) {
+		__u64 length = request_cap;
+
+		if (transfer->length < length)
+			length = transfer->length;
+		opaque(length);
+		if (length <= request_cap && !bpf_probe_read_user(connection->data, length, (void *)transfer->buffer))
+			connection->data_length = length;
+		else
+			count(COUNTER_READ_FAULT);
+		return transfer->length;
+	}
+	absorb_pieces(connection, transfer, limit);
+	return transfer->length;
+}
+
+/* Sends the exchange to user space. `first` says that no record told of it before. */
+static __always_inline bool emit(struct connection *connection, __u8 end, __u64 now, bool first)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	__u64 length = connection->data_length;
+
+	exchange->end = end;
+	exchange->end_ns = now;
+	exchange->flags &= ~(FLAG_FIRST | FLAG_REQUEST_TRUNCATED | FLAG_RESPONSE_TRUNCATED | FLAG_TAIL_VALID);
+	if (first)
+		exchange->flags |= FLAG_FIRST;
+	if (connection->state == STATE_REQUEST)
+		exchange->request_captured = length;
+	exchange->response_captured = length - exchange->request_captured;
+	if (exchange->request_bytes > exchange->request_captured)
+		exchange->flags |= FLAG_REQUEST_TRUNCATED;
+	if (exchange->response_bytes > exchange->response_captured)
+		exchange->flags |= FLAG_RESPONSE_TRUNCATED;
+	if (connection->tail_valid)
+		exchange->flags |= FLAG_TAIL_VALID;
+	__builtin_memcpy(exchange->tail, &connection->tail, 8);
+	opaque(length);
+	if (length > request_cap + response_cap)
+		length = request_cap + response_cap;
+	if (bpf_ringbuf_output(&records, exchange, sizeof(*exchange) + length, BPF_RB_NO_WAKEUP))
+		return false;
+	return true;
+}
+
+/* Closes the books of the current exchange: a last record unless the last one still tells everything. */
+static __always_inline void finish(struct connection *connection, __u8 end, __u64 now)
+{
+	bool first = !connection->reports;
+
+	if (first) {
+		if (emit(connection, end, now, true))
+			count(COUNTER_EMITTED);
+		else
+			count(COUNTER_DROPPED_RING_FULL);
+	} else if (connection->reported_bytes != connection->exchange.response_bytes ||
+		   connection->state == STATE_REQUEST) {
+		count(emit(connection, end, now, false) ? COUNTER_REEMITTED : COUNTER_REEMIT_LOST);
+	} else if (end != END_NEXT) {
+		struct record_close close = {
+			.kind = RECORD_CLOSE,
+			.role = connection->exchange.role,
+			.end = end,
+			.flags = connection->exchange.flags,
+			.connection_id = connection->exchange.connection_id,
+			.exchange_id = connection->exchange.exchange_id,
+			.time_ns = now,
+		};
+
+		if (bpf_ringbuf_output(&records, &close, sizeof(close), BPF_RB_NO_WAKEUP))
+			count(COUNTER_CLOSES_LOST);
+	}
+	connection->state = STATE_IDLE;
+}
+
+/* Gives up an exchange that was never reported as a span: counted, and nothing is sent, unless user space knows of it. */
+static __always_inline void abandon(struct connection *connection, __u32 counter, __u64 now)
+{
+	if (connection->reports)
+		finish(connection, END_TIMED_OUT, now);
+	else
+		count(counter);
+	connection->state = STATE_IDLE;
+}
+
+/* The server exchange that the current thread is serving, when that is beyond doubt: the thread read its request
+ * last, has not waited for events since, and no response byte was sent.
+ */
+static __always_inline __u64 serving_exchange(__u32 tgid, __u32 tid)
+{
+	struct thread *thread = bpf_map_lookup_elem(&threads, &tid);
+	struct connection *served;
+	__u64 exchange_id, sock;
+
+	if (!thread || thread->multiplexes || thread->tgid != tgid || !thread->exchange_id)
+		return 0;
+	exchange_id = thread->exchange_id;
+	sock = thread->sock;
+	served = bpf_map_lookup_elem(&connections, &sock);
+	if (!served || served->exchange.exchange_id != exchange_id || served->state != STATE_REQUEST)
+		return 0;
+	return exchange_id;
+}
+
+/* True while the exchange that the thread read last has no response. */
+static __always_inline bool is_unanswered(const struct thread *thread)
+{
+	struct connection *served;
+	__u64 sock = thread->sock;
+
+	if (!thread->exchange_id)
+		return false;
+	served = bpf_map_lookup_elem(&connections, &sock);
+	return served && served->exchange.exchange_id == thread->exchange_id && served->state == STATE_REQUEST;
+}
+
+static __always_inline void remember_serving(__u64 sock, __u64 exchange_id, __u32 tgid, __u32 tid)
+{
+	struct thread *thread = bpf_map_lookup_elem(&threads, &tid);
+
+	if (thread && thread->tgid == tgid) {
+		if (thread->multiplexes)
+			return;
+		if (is_unanswered(thread)) {
+			thread->multiplexes = 1;
+			return;
+		}
+		thread->exchange_id = exchange_id;
+		thread->sock = sock;
+	} else {
+		struct thread fresh = { .exchange_id = exchange_id, .sock = sock, .tgid = tgid };
+
+		if (bpf_map_update_elem(&threads, &tid, &fresh, BPF_ANY))
+			count(COUNTER_THREAD_FULL);
+	}
+}
+
+/* The client exchange at the other end of this server's connection, or 0. */
+static __always_inline __u64 peer_exchange(struct connection *connection)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	struct connection *peer;
+	__u64 sock = connection->peer_sock;
+
+	if (!sock) {
+		struct endpoint endpoint;
+		__u64 *found;
+
+		if (connection->peer_tries >= 3)
+			return 0;
+		endpoint_of(&endpoint, exchange->remote_address, exchange->remote_port, exchange->netns);
+		found = bpf_map_lookup_elem(&endpoints, &endpoint);
+		if (!found) {
+			connection->peer_tries++;
+			return 0;
+		}
+		sock = *found;
+	}
+	peer = bpf_map_lookup_elem(&connections, &sock);
+	if (!peer || peer->state != STATE_REQUEST || peer->mode != MODE_EXCHANGE || peer->exchange.role != ROLE_CLIENT)
+		return 0;
+	/* Equal addresses in two network namespaces, or a recycled socket: the other end must have sent these bytes. */
+	if (peer->data_length >= 16 && connection->data_length >= 16 &&
+	    (((__u64 *)peer->data)[0] != ((__u64 *)connection->data)[0] ||
+	     ((__u64 *)peer->data)[1] != ((__u64 *)connection->data)[1]))
+		return 0;
+	if (connection->peer_sock) {
+		if (connection->peer_connection_id != peer->exchange.connection_id)
+			return 0;
+	} else {
+		connection->peer_sock = sock;
+		connection->peer_connection_id = peer->exchange.connection_id;
+	}
+	return peer->exchange.exchange_id;
+}
+
+/* Tells user space of a process that it has not decided on, once. Returns the process's entry. */
+static __always_inline struct process *announce_process(__u32 tgid)
+{
+	struct task_struct *leader = BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), group_leader);
+	struct process process = { .start_ns = BPF_CORE_READ(leader, start_boottime) };
+	struct record_process record = {
+		.kind = RECORD_PROCESS,
+		.tgid = tgid,
+		.start_ns = process.start_ns,
+		.cgroup_id = bpf_get_current_cgroup_id(),
+		.uid = bpf_get_current_uid_gid(),
+		.ppid = BPF_CORE_READ(leader, real_parent, tgid),
+	};
+	const unsigned char *name = BPF_CORE_READ(leader, mm, exe_file, f_path.dentry, d_name.name);
+
+	BPF_CORE_READ_STR_INTO(&record.comm, leader, comm);
+	if (bpf_probe_read_kernel_str(record.executable, sizeof(record.executable), name) < 0)
+		count(COUNTER_READ_FAULT);
+	/* Woken at once: a short-lived process may be gone from /proc soon. */
+	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_FORCE_WAKEUP))
+		count(COUNTER_PROCESSES_LOST);
+	if (bpf_map_update_elem(&processes, &tgid, &process, BPF_ANY))
+		count(COUNTER_PROCESS_FULL);
+	return bpf_map_lookup_elem(&processes, &tgid);
+}
+
+/* Starts an exchange; the captured bytes of its first segment are in place already. */
+static __always_inline void begin(struct connection *connection, struct process *process, __u64 sock, __u64 now,
+				  __u64 pid_tgid)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	__u32 tgid = pid_tgid >> 32, tid = pid_tgid;
+
+	count(COUNTER_BEGUN);
+	if (!process)
+		process = announce_process(tgid);
+	exchange->flags = 0;
+	exchange->process_start_ns = 0;
+	if (process) {
+		exchange->process_start_ns = process->start_ns;
+		if (process->state == PROCESS_UNKNOWN)
+			exchange->flags |= FLAG_PROCESS_UNKNOWN;
+	}
+	exchange->exchange_id = random_id();
+	exchange->parent_id = 0;
+	exchange->peer_id = 0;
+	exchange->request_start_ns = now;
+	exchange->request_end_ns = now;
+	exchange->response_start_ns = 0;
+	exchange->response_end_ns = 0;
+	exchange->response_bytes = 0;
+	exchange->tgid = tgid;
+	exchange->request_tid = tid;
+	exchange->response_tid = 0;
+	connection->state = STATE_REQUEST;
+	connection->reports = 0;
+	connection->reported_bytes = 0;
+	connection->tail = 0;
+	connection->tail_valid = 1;
+	if (exchange->role == ROLE_SERVER) {
+		if (process)
+			process->served = 1;
+		exchange->peer_id = peer_exchange(connection);
+		remember_serving(sock, exchange->exchange_id, tgid, tid);
+	} else {
+		exchange->parent_id = serving_exchange(tgid, tid);
+		if (!process || !process->served)
+			exchange->flags |= FLAG_CLIENT_ONLY;
+	}
+}
+
+/* HEAD, GET, DELETE and OPTIONS requests normally have no body. */
+static __always_inline bool is_bodyless(const struct connection *connection)
+{
+	__u8 byte = connection->data[0];
+
+	return byte == 'G' || byte == 'H' || byte == 'D' || byte == 'O';
+}
+
+/* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
+ * a blank line always include one of them. Global for the reason given at absorb_iovecs().
+ */
+__noinline int holds_second_request(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct first_bytes first = { .length = 8 };
+	__u64 length;
+
+	if (!connection)
+		return 0;
+	length = connection->data_length;
+	for (__u64 i = 3; i < REQUEST_CAP_MAX; i += 4) {
+		__u64 start;
+
+		if (i + 9 >= length || i >= request_cap)
+			break;
+		if (connection->data[i] != '\r' && connection->data[i] != '\n')
+			continue;
+		/* One of the four windows around i is the blank line: find its first byte. */
+		start = i;
+		if (connection->data[start - 1] == '\r' || connection->data[start - 1] == '\n')
+			start--;
+		if (connection->data[start - 1] == '\r' || connection->data[start - 1] == '\n')
+			start--;
+		if (start == i - 2 && (connection->data[i - 3] == '\r' || connection->data[i - 3] == '\n'))
+			start--;
+		if (connection->data[start] != '\r' || connection->data[start + 1] != '\n' ||
+		    connection->data[start + 2] != '\r' || connection->data[start + 3] != '\n')
+			continue;
+		if (bpf_probe_read_kernel(&first.word, 8, connection->data + start + 4))
+			return 0;
+		return start + 12 <= length && is_common_request(&first);
+	}
+	return 0;
+}
+
+/* The captured request ends in a blank line: what comes next in its direction is a body or another request. */
+static __always_inline bool ends_in_blank_line(struct connection *connection)
+{
+	__u32 length = connection->data_length;
+	__u8 *end;
+
+	opaque(length);
+	if (length < 4 || length > request_cap || length != connection->exchange.request_bytes)
+		return false;
+	end = connection->data + length - 4;
+	return end[0] == '\r' && end[1] == '\n' && end[2] == '\r' && end[3] == '\n';
+}
+
+static __always_inline struct segment_scratch *fill_segment(struct connection *connection, __u8 direction, __u64 now)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	struct segment_scratch *scratch;
+	__u32 zero = 0;
+
+	scratch = bpf_map_lookup_elem(&segment_scratch, &zero);
+	if (!scratch)
+		return 0;
+	scratch->record.kind = RECORD_SEGMENT;
+	scratch->record.role = exchange->role;
+	scratch->record.direction = direction;
+	scratch->record.captured = 0;
+	scratch->record.connection_id = exchange->connection_id;
+	scratch->record.process_start_ns = exchange->process_start_ns;
+	scratch->record.time_ns = now;
+	scratch->record.tgid = exchange->tgid;
+	scratch->record.tid = (__u32)bpf_get_current_pid_tgid();
+	scratch->record.netns = exchange->netns;
+	scratch->record.local_port = exchange->local_port;
+	scratch->record.remote_port = exchange->remote_port;
+	__builtin_memcpy(scratch->record.local_address, exchange->local_address, 16);
+	__builtin_memcpy(scratch->record.remote_address, exchange->remote_address, 16);
+	return scratch;
+}
+
+static __always_inline void send_segment(struct segment_scratch *scratch, __u64 *offset, __u64 length)
+{
+	__u64 captured = scratch->record.captured;
+
+	scratch->record.offset = *offset;
+	scratch->record.length = length;
+	*offset += length;
+	opaque(captured);
+	if (captured > SEGMENT_CAP)
+		captured = SEGMENT_CAP;
+	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP))
+		count(COUNTER_SEGMENTS_LOST);
+	else
+		count(COUNTER_SEGMENTS);
+}
+
+/* Forwards bytes of a connection in stream mode: `address` is that of the bytes, or of iov_count iovecs, or 0 for bytes
+ * that never were in user memory. In this mode request_bytes and response_bytes are the two directions' offsets.
+ * Global for the reason given at absorb_iovecs().
+ */
+__noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 length, __u64 response)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct segment_scratch *scratch;
+	struct user_iovec iovec = { .base = address, .length = length };
+	__u64 captured;
+
+	if (!connection)
+		return 0;
+	scratch = fill_segment(connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, bpf_ktime_get_ns());
+	if (!scratch)
+		return 0;
+	connection->cursor_index = 0;
+	connection->cursor_offset = 0;
+	for (__u32 i = 0; i < 64; i++) {
+		__u64 index = unfollowed(connection->cursor_index);
+		__u64 offset = unfollowed(connection->cursor_offset);
+		__u64 piece = COPY_SLACK;
+
+		captured = unfollowed(scratch->record.captured);
+		if (!address || captured >= SEGMENT_CAP || captured >= length)
+			break;
+		if (iov_count) {
+			if (index >= iov_count || !read_iovec(&iovec, address, index))
+				break;
+			if (offset >= iovec.length) {
+				connection->cursor_index = index + 1;
+				connection->cursor_offset = 0;
+				continue;
+			}
+		}
+		if (iovec.length - offset < piece)
+			piece = iovec.length - offset;
+		if (length - captured < piece)
+			piece = length - captured;
+		opaque(piece);
+		if (piece > COPY_SLACK ||
+		    bpf_probe_read_user(scratch->data + captured, piece, (void *)(iovec.base + offset))) {
+			count(COUNTER_READ_FAULT);
+			break;
+		}
+		scratch->record.captured = captured + piece;
+		connection->cursor_offset = offset + piece;
+	}
+	if (scratch->record.captured > SEGMENT_CAP)
+		scratch->record.captured = SEGMENT_CAP;
+	send_segment(scratch, response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes,
+		     length);
+	return 0;
+}
+
+static __always_inline void stream_transfer(__u64 sock, const struct transfer *transfer, bool response)
+{
+	stream_segment(sock, transfer->iov ? transfer->iov : transfer->buffer, transfer->iov ? transfer->iov_count : 0,
+		       transfer->length, response);
+}
+
+/* Puts a pipelined connection into stream mode. The bytes captured so far become its first request segment. */
+static __always_inline void enter_stream_mode(struct connection *connection)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	struct segment_scratch *scratch = fill_segment(connection, DIRECTION_REQUEST, exchange->request_start_ns);
+	__u64 length = exchange->request_bytes, offset = 0;
+	__u64 captured = connection->data_length;
+
+	connection->mode = MODE_STREAM;
+	connection->state = STATE_IDLE;
+	__sync_fetch_and_add(&stream_connections, 1);
+	count(COUNTER_STREAMED);
+	exchange->response_bytes = 0;
+	if (!scratch || !length)
+		return;
+	opaque(captured);
+	if (captured > request_cap)
+		captured = request_cap;
+	if (captured > SEGMENT_CAP)
+		captured = SEGMENT_CAP;
+	if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
+		captured = 0;
+	scratch->record.captured = captured;
+	send_segment(scratch, &offset, length);
+}
+
+static __always_inline void undo_point(struct connection *connection, bool response, __u32 tid)
+{
+	connection->write_tid = tid;
+	connection->write_is_response = response;
+	connection->undo_state = connection->state;
+	connection->undo_data_length = connection->data_length;
+	connection->undo_tail = connection->tail;
+	connection->undo_tail_valid = connection->tail_valid;
+	connection->undo_end_ns = response ? connection->exchange.response_end_ns : connection->exchange.request_end_ns;
+}
+
+/* Request bytes went by, or are about to. */
+static __always_inline void on_request_bytes(struct connection *connection, struct process *process,
+					     struct transfer *transfer, __u64 sock, __u64 now, __u64 pid_tgid, bool entering)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	bool starts = connection->state == STATE_IDLE;
+	__u64 length;
+	int looks;
+
+	looks = look(transfer);
+	if (looks & LOOK_FAILED)
+		return;
+	if (connection->state == STATE_RESPONSE && (looks & LOOKS_REQUEST)) {
+		/* Request bytes after an interim response only are a body (RFC 9110 section 15.2.1). */
+		finish(connection, END_NEXT, now);
+		starts = true;
+	} else if (starts && !(looks & LOOKS_REQUEST)) {
+		count(COUNTER_IGNORED_OTHER);
+		return;
+	}
+	if (connection->state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) && is_bodyless(connection) &&
+	    ends_in_blank_line(connection)) {
+		enter_stream_mode(connection);
+		if (!entering)
+			stream_transfer(sock, transfer, false);
+		return;
+	}
+	if (entering)
+		undo_point(connection, false, pid_tgid);
+	if (starts) {
+		connection->data_length = 0;
+		exchange->request_bytes = 0;
+		exchange->request_captured = 0;
+		length = absorb(connection, transfer, sock, request_cap, false);
+		begin(connection, process, sock, now, pid_tgid);
+	} else if (connection->state == STATE_REQUEST) {
+		/* Capture only while nothing is missing in between. */
+		length = absorb(connection, transfer, sock,
+				connection->data_length == exchange->request_bytes ? request_cap : 0, false);
+	} else {
+		length = absorb(connection, transfer, sock, 0, false);
+	}
+	exchange->request_bytes += length;
+	exchange->request_end_ns = now;
+	connection->write_offered = length;
+	connection->undo_exchange_id = exchange->exchange_id;
+	if (starts && is_bodyless(connection) && connection->data_length >= 36 && holds_second_request(sock)) {
+		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
+		exchange->request_bytes = 0;
+		connection->data_length = 0;
+		enter_stream_mode(connection);
+		if (!entering)
+			stream_transfer(sock, transfer, false);
+	}
+}
+
+static __always_inline void on_response_bytes(struct connection *connection, struct transfer *transfer, __u64 sock,
+					      __u64 now, __u64 pid_tgid, bool entering)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	bool starts = connection->state == STATE_REQUEST;
+	__u32 limit = 0, before, absorbed;
+	__u64 length, offset;
+
+	if (connection->state == STATE_IDLE) {
+		count(COUNTER_RESPONSE_ALONE);
+		return;
+	}
+	if (starts) {
+		int looks = look(transfer);
+
+		if (looks & LOOK_FAILED)
+			return;
+		if (!(looks & LOOKS_RESPONSE)) {
+			abandon(connection, COUNTER_DROPPED_NOT_HTTP, now);
+			connection->mode = MODE_IGNORED;
+			return;
+		}
+	}
+	if (entering)
+		undo_point(connection, true, pid_tgid);
+	if (starts) {
+		exchange->request_captured = connection->data_length;
+		exchange->response_start_ns = now;
+		exchange->response_tid = pid_tgid;
+		connection->state = STATE_RESPONSE;
+		connection->tail = 0;
+		connection->tail_valid = 1;
+	}
+	if ((__u64)connection->data_length == exchange->request_captured + exchange->response_bytes)
+		limit = exchange->request_captured + response_cap;
+	before = connection->data_length;
+	length = absorb(connection, transfer, sock, limit, true);
+	absorbed = connection->data_length - before;
+	exchange->response_bytes += length;
+	exchange->response_end_ns = now;
+	connection->write_offered = length;
+	connection->undo_exchange_id = exchange->exchange_id;
+	if (!starts || absorbed < 13)
+		return;
+	/* "HTTP/1.1 101 ": the status is at offset 9. */
+	offset = exchange->request_captured;
+	opaque(offset);
+	if (offset > request_cap)
+		return;
+	if (connection->data[offset + 9] == '1') {
+		if (connection->data[offset + 10] == '0' && connection->data[offset + 11] == '1') {
+			finish(connection, END_HANDED_OVER, now);
+			connection->mode = MODE_IGNORED;
+		} else if (length == absorbed && length < 64) {
+			/* A lone interim response: forget it and go on waiting. Longer ones are left to user space. */
+			connection->state = STATE_REQUEST;
+			connection->data_length = offset;
+			exchange->response_bytes = 0;
+			exchange->response_start_ns = 0;
+			exchange->response_end_ns = 0;
+			exchange->flags |= FLAG_INTERIM;
+		}
+	} else if (connection->data[offset + 9] == '2' && connection->data[0] == 'C' && connection->data[1] == 'O' &&
+		   connection->data[2] == 'N' && connection->data[3] == 'N') {
+		finish(connection, END_HANDED_OVER, now);
+		connection->mode = MODE_IGNORED;
+	}
+}
+
+/* All zero: the initial value of a connection's entry. */
+static const struct connection zero_connection;
+
+static __always_inline bool port_selected(const struct record_exchange *exchange)
+{
+	__u16 port = exchange->role == ROLE_SERVER ? exchange->local_port : exchange->remote_port;
+	__u8 *selected = bpf_map_lookup_elem(&ports, &port);
+
+	return selected ? *selected : ports_default;
+}
+
+/* A connection that is not tracked carried bytes: track it when they begin a request. */
+static __always_inline struct connection *track(struct socket *socket, struct sock *sock, struct transfer *transfer,
+						bool egress)
+{
+	struct connection *connection;
+	struct endpoint endpoint;
+	__u64 key = (__u64)sock;
+	int looks;
+
+	looks = look(transfer);
+	if (!(looks & LOOKS_REQUEST)) {
+		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
+		return 0;
+	}
+	if (!is_tcp(socket, sock))
+		return 0;
+	if (bpf_map_update_elem(&connections, &key, &zero_connection, BPF_NOEXIST)) {
+		count(COUNTER_BEGUN);
+		count(COUNTER_DROPPED_STATE_FULL);
+		return 0;
+	}
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (!connection)
+		return 0;
+	connection->exchange.kind = RECORD_EXCHANGE;
+	connection->exchange.role = egress ? ROLE_CLIENT : ROLE_SERVER;
+	connection->exchange.connection_id = random_id();
+	read_identity(sock, &connection->exchange);
+	if (ports_filtered && !port_selected(&connection->exchange)) {
+		count(COUNTER_IGNORED_PORT);
+		connection->mode = MODE_IGNORED;
+		return 0;
+	}
+	if (egress) {
+		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
+			    connection->exchange.netns);
+		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+			count(COUNTER_ENDPOINT_FULL);
+	}
+	return connection;
+}
+
+/* Every transfer comes through here. `entering`: a write that has not happened yet. */
+static __always_inline void on_transfer(struct process *process, __u32 fd, struct transfer *transfer, bool egress,
+					bool entering, __u64 pid_tgid)
+{
+	struct connection *connection;
+	struct socket *socket = socket_of_fd(fd);
+	struct sock *sock;
+	__u64 key, now;
+	bool response;
+
+	if (!socket)
+		return;
+	sock = BPF_CORE_READ(socket, sk);
+	if (!sock)
+		return;
+	key = (__u64)sock;
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (connection && connection->state == STATE_IDLE && !same_ports(sock, &connection->exchange)) {
+		bpf_map_delete_elem(&connections, &key);
+		connection = 0;
+	}
+	if (!connection) {
+		connection = track(socket, sock, transfer, egress);
+		if (!connection)
+			return;
+	}
+	if (connection->mode == MODE_IGNORED)
+		return;
+	now = bpf_ktime_get_ns();
+	response = egress == (connection->exchange.role == ROLE_SERVER);
+	if (connection->mode == MODE_STREAM) {
+		if (!entering)
+			stream_transfer(key, transfer, response);
+		return;
+	}
+	if (response)
+		on_response_bytes(connection, transfer, key, now, pid_tgid, entering);
+	else
+		on_request_bytes(connection, process, transfer, key, now, pid_tgid, entering);
+}
+
+/* Settles a write that was handled at its entry: it was refused, came short, or may have blocked. */
+static __always_inline void settle_write(struct connection *connection, long moved, __u64 pid_tgid)
+{
+	struct record_exchange *exchange = &connection->exchange;
+	bool response = connection->write_is_response;
+	__u64 missing, now;
+	__u32 kept;
+
+	if (connection->write_tid != (__u32)pid_tgid)
+		return;
+	connection->write_tid = 0;
+	if (connection->undo_exchange_id != exchange->exchange_id || connection->state == STATE_IDLE)
+		return;
+	if (moved >= 0 && moved >= connection->write_offered) {
+		now = bpf_ktime_get_ns();
+		if (response)
+			exchange->response_end_ns = now;
+		else if (connection->state == STATE_REQUEST)
+			exchange->request_end_ns = now;
+		return;
+	}
+	missing = connection->write_offered - (moved > 0 ? moved : 0);
+	if (response)
+		exchange->response_bytes -= missing;
+	else
+		exchange->request_bytes -= missing;
+	kept = connection->undo_data_length + (moved > 0 ? moved : 0);
+	if (connection->undo_state == STATE_IDLE && !response)
+		kept = moved > 0 ? moved : 0;
+	if (connection->data_length > kept)
+		connection->data_length = kept;
+	if (moved > 0) {
+		connection->tail_valid = 0;
+		return;
+	}
+	connection->tail = connection->undo_tail;
+	connection->tail_valid = connection->undo_tail_valid;
+	if (response) {
+		exchange->response_end_ns = connection->undo_end_ns;
+		if (connection->undo_state == STATE_REQUEST) {
+			exchange->response_start_ns = 0;
+			connection->state = STATE_REQUEST;
+		}
+	} else {
+		exchange->request_end_ns = connection->undo_end_ns;
+		if (connection->undo_state == STATE_IDLE)
+			abandon(connection, COUNTER_CANCELLED, exchange->request_start_ns);
+	}
+}
+
+#endif

@@ -1,0 +1,210 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* Every map and every value that lives in one, and the constants that user space sets before loading. */
+#ifndef SPANLOOM_MAPS_BPF_H
+#define SPANLOOM_MAPS_BPF_H
+
+#include "compat.bpf.h"
+#include "events.h"
+
+/* Set by the loader. The verifier sees them as constants: .rodata is frozen before the programs are verified. */
+const volatile __u32 request_cap = 1024; /* captured bytes of a request, at most REQUEST_CAP_MAX */
+const volatile __u32 response_cap = 256; /* captured bytes of a response, at most RESPONSE_CAP_MAX */
+const volatile __u64 quiet_ns = 50000000;
+const volatile __u64 open_ns = 200000000;
+const volatile __u64 expire_ns = 600000000000;
+const volatile __u8 ports_filtered = 0; /* 1: look ports up in the map of that name */
+const volatile __u8 ports_default = 1;  /* whether a port that is not in the map is selected */
+
+#define REQUEST_CAP_MAX 8192
+#define RESPONSE_CAP_MAX 2048
+/* Room behind the two captures, so that one copy of up to this many bytes may start anywhere inside them: the
+ * verifier bounds offset and length one by one and does not know that the code keeps their sum below the cap.
+ */
+#define COPY_SLACK 256
+#define SEGMENT_CAP 4096
+/* IOV_MAX of user space (UIO_MAXIOV, include/uapi/linux/uio.h) is 1024. A head in more pieces than this is cut. */
+#define IOVECS_MAX 256
+
+enum connection_mode {
+	MODE_EXCHANGE = 0,
+	MODE_STREAM = 1,  /* pipelined: segments are forwarded as they come */
+	MODE_IGNORED = 2, /* not HTTP, or handed over to another protocol */
+};
+
+enum exchange_state {
+	STATE_IDLE = 0,
+	STATE_REQUEST = 1,  /* request bytes were seen, no final response byte yet */
+	STATE_RESPONSE = 2, /* response bytes were seen */
+};
+
+struct connection {
+	__u64 peer_sock;          /* key of the other end's connection on this node, or 0 */
+	__u64 peer_connection_id; /* guards against a recycled peer_sock */
+	__u64 reported_bytes;     /* response bytes when the exchange was reported last */
+	__u64 tail;               /* last 8 response bytes in memory order */
+	/* What a refused or short write has to take back; valid while write_tid is not 0. */
+	__u64 write_offered;
+	__u64 undo_end_ns;
+	__u64 undo_tail;
+	__u64 undo_exchange_id;
+	/* Progress of a copy from several buffers; meaningful only while one is under way. */
+	__u64 cursor_total;
+	__u64 cursor_index;
+	__u64 cursor_offset;
+	__u64 cursor_limit;
+	__u32 undo_data_length;
+	__u32 write_tid;
+	__u32 data_length; /* captured bytes in data: the request's, then the response's */
+	__u8 undo_state;
+	__u8 write_is_response;
+	__u8 state;
+	__u8 mode;
+	__u8 reports;    /* records made of this exchange */
+	__u8 peer_tries; /* look-ups of the peer that found none */
+	__u8 tail_valid;
+	__u8 undo_tail_valid;
+	__u32 _pad;
+	struct record_exchange exchange; /* followed by data: together they are the record */
+	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
+};
+
+/* Key: address of the struct sock. Value: struct connection, its size set by the loader to what the caps need.
+ * Inserted by the first request on a connection; deleted when the socket reaches TCP_CLOSE. Full: the exchange is
+ * counted as dropped (state_full) and the connection is tried again at its next request.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 32768);
+	__uint(key_size, sizeof(__u64));
+	__uint(value_size, sizeof(struct connection));
+} connections SEC(".maps");
+
+struct endpoint {
+	__u8 address[16];
+	__u32 netns; /* 0 unless the address is loopback */
+	__u16 port;
+	__u16 _pad;
+};
+
+/* Key: a client's own address as its server sees it. Value: key of the client's connection.
+ * Inserted with a client's connection, deleted with it. Full: exchanges of that connection have no peer.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 32768);
+	__type(key, struct endpoint);
+	__type(value, __u64);
+} endpoints SEC(".maps");
+
+enum process_state {
+	PROCESS_UNKNOWN = 0, /* announced, captured until user space decides */
+	PROCESS_TRACED = 1,
+	PROCESS_IGNORED = 2,
+};
+
+struct process {
+	__u64 start_ns; /* CLOCK_BOOTTIME; 0 in the agent's own entry */
+	__u32 state;    /* enum process_state */
+	__u32 served;   /* 1 once the process began to serve an exchange */
+};
+
+/* Key: tgid. Inserted by the process's first exchange (unknown) and by user space (traced, ignored); deleted at exit
+ * and exec. Full: the process stays unknown, which costs a record per exchange, counted as process_full.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 8192);
+	__type(key, __u32);
+	__type(value, struct process);
+} processes SEC(".maps");
+
+struct thread {
+	__u64 exchange_id; /* the server exchange that the thread read last, 0 when it cannot be told */
+	__u64 sock;        /* the connection of that exchange */
+	__u32 tgid;
+	__u32 multiplexes; /* 1: seen to wait for events, or to take another request, with an exchange unanswered */
+};
+
+/* Key: tid. Inserted when a thread reads its first request; deleted at thread exit. Full: no parent by thread. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct thread);
+} threads SEC(".maps");
+
+/* Key: server port, host byte order. Value: 1 selected, 0 not. Written by user space before attaching. Cannot fill. */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(max_entries, 65536);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__type(key, __u16);
+	__type(value, __u8);
+} ports SEC(".maps");
+
+/* The records of events.h. Full: the record is counted as dropped (ring_full). */
+struct {
+	__uint(type, BPF_MAP_TYPE_RINGBUF);
+	__uint(max_entries, 8 << 20);
+} records SEC(".maps");
+
+/* Key: enum counter. Per CPU; user space sums. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, COUNTERS);
+	__type(key, __u32);
+	__type(value, __u64);
+} counters SEC(".maps");
+
+struct segment_scratch {
+	struct record_segment record;
+	__u8 data[SEGMENT_CAP + COPY_SLACK];
+};
+
+/* Per-CPU space to build records that do not live in a connection. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct segment_scratch);
+} segment_scratch SEC(".maps");
+
+/* Per-CPU copy of a connection while the sweep decides whether to report it. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__uint(key_size, sizeof(__u32));
+	__uint(value_size, sizeof(struct connection));
+} sweep_scratch SEC(".maps");
+
+/* Never touched: it makes the compiler describe in BTF every type that user space generates its layout from. */
+union {
+	struct record_exchange exchange;
+	struct record_process process;
+	struct record_segment segment;
+	struct record_close close;
+	enum record_kind kind;
+	enum exchange_role role;
+	enum exchange_end end;
+	enum exchange_flag flag;
+	enum counter counter;
+} wire_types;
+
+/* .bss, mapped by user space. */
+__u64 oldest_unreported_ns; /* lowered by the sweep to the begin of the oldest exchange that no record told of yet */
+__u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */
+
+static __always_inline void count(__u32 counter)
+{
+	__u64 *value = bpf_map_lookup_elem(&counters, &counter);
+
+	/* Atomic although per CPU: a program in softirq may interrupt one in process context. */
+	if (value)
+		__sync_fetch_and_add(value, 1);
+}
+
+#endif

@@ -1,0 +1,94 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* fd -> socket -> connection identity: family, ports, addresses, network namespace. */
+#ifndef SPANLOOM_SOCK_BPF_H
+#define SPANLOOM_SOCK_BPF_H
+
+#include "maps.bpf.h"
+
+struct socket_ref {
+	struct sock *sock; /* 0: not a stream socket */
+};
+
+/* The socket behind a file descriptor of the current task, or 0. The table is read without its lock: the worst that
+ * a concurrent close can do is a failed or stale read, and stale sockets have no connection entry.
+ */
+static __always_inline struct socket *socket_of_fd(__u32 fd)
+{
+	struct task_struct *task = (void *)bpf_get_current_task();
+	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct file **files, *file = 0;
+	unsigned int max_fds;
+	unsigned short mode;
+
+	if (!table)
+		return 0;
+	max_fds = BPF_CORE_READ(table, max_fds);
+	if (fd >= max_fds)
+		return 0;
+	files = BPF_CORE_READ(table, fd);
+	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
+		return 0;
+	mode = BPF_CORE_READ(file, f_inode, i_mode);
+	if ((mode & S_IFMT) != S_IFSOCK)
+		return 0;
+	return BPF_CORE_READ(file, private_data);
+}
+
+static __always_inline bool is_tcp(struct socket *socket, struct sock *sock)
+{
+	unsigned short family = BPF_CORE_READ(sock, __sk_common.skc_family);
+
+	return BPF_CORE_READ(socket, type) == SOCK_STREAM && (family == AF_INET || family == AF_INET6) &&
+	       BPF_CORE_READ(sock, sk_protocol) == IPPROTO_TCP;
+}
+
+static __always_inline void map_ipv4(__u8 *address, __u32 ipv4)
+{
+	*(__u64 *)address = 0;
+	*(__u32 *)(address + 8) = bpf_htonl(0xffff);
+	*(__u32 *)(address + 12) = ipv4;
+}
+
+static __always_inline bool is_loopback(const __u8 *address)
+{
+	__u64 high = *(__u64 *)address;
+	__u32 third = *(__u32 *)(address + 8);
+
+	if (high)
+		return false;
+	if (third == bpf_htonl(0xffff))
+		return address[12] == 127;
+	return !third && *(__u32 *)(address + 12) == bpf_htonl(1);
+}
+
+static __always_inline void read_identity(struct sock *sock, struct record_exchange *exchange)
+{
+	exchange->local_port = BPF_CORE_READ(sock, __sk_common.skc_num);
+	exchange->remote_port = bpf_ntohs(BPF_CORE_READ(sock, __sk_common.skc_dport));
+	exchange->netns = BPF_CORE_READ(sock, __sk_common.skc_net.net, ns.inum);
+	if (BPF_CORE_READ(sock, __sk_common.skc_family) == AF_INET) {
+		map_ipv4(exchange->local_address, BPF_CORE_READ(sock, __sk_common.skc_rcv_saddr));
+		map_ipv4(exchange->remote_address, BPF_CORE_READ(sock, __sk_common.skc_daddr));
+	} else {
+		/* IPv4 peers of an IPv6 socket are IPv4-mapped here already. */
+		BPF_CORE_READ_INTO(&exchange->local_address, sock, __sk_common.skc_v6_rcv_saddr);
+		BPF_CORE_READ_INTO(&exchange->remote_address, sock, __sk_common.skc_v6_daddr);
+	}
+}
+
+/* A recycled struct sock whose close was not seen would carry another connection's state. */
+static __always_inline bool same_ports(struct sock *sock, const struct record_exchange *exchange)
+{
+	return BPF_CORE_READ(sock, __sk_common.skc_num) == exchange->local_port &&
+	       bpf_ntohs(BPF_CORE_READ(sock, __sk_common.skc_dport)) == exchange->remote_port;
+}
+
+static __always_inline void endpoint_of(struct endpoint *endpoint, const __u8 *address, __u16 port, __u32 netns)
+{
+	__builtin_memcpy(endpoint->address, address, sizeof(endpoint->address));
+	endpoint->netns = is_loopback(address) ? netns : 0;
+	endpoint->port = port;
+	endpoint->_pad = 0;
+}
+
+#endif
