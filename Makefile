@@ -1,2 +1,85 @@
-build:
-	clang -O2 -g -mcpu=v3 -target bpf -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror -D__TARGET_ARCH_x86 -I/usr/include/x86_64-linux-gnu -c bpf/capture.bpf.c -o agent/kernel/capture.x86_64.bpf.o
+# Spanloom. `make help` lists the targets.
+
+ARCH      := $(shell uname -m)
+BPF_ARCH  := $(if $(filter aarch64,$(ARCH)),arm64,x86)
+BPF_OBJ   := agent/kernel/capture.$(ARCH).bpf.o
+BENCH_OBJ := bench/generator.$(ARCH).bpf.o
+BPF_DEPS  := $(wildcard bpf/*.h)
+CLANG     ?= clang
+PYTHON    ?= /usr/bin/python3
+BIN       := .venv/bin
+# The multiarch directory has asm/types.h, which the BPF target does not search by itself.
+BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Ibpf -I/usr/include/$(ARCH)-linux-gnu \
+             -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror
+
+.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F':.*## ' '/^[a-z0-9-]+:.*## /{printf "  %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: .venv/.ready build ## install system packages, make .venv, compile: leaves .venv/bin/spanloom
+
+build: $(BPF_OBJ) ## compile the BPF objects
+
+demo: setup ## trace a small multi-service application and show its traces
+	$(BIN)/spanloom demo
+
+run: setup ## trace this host, traces on the console
+	$(BIN)/spanloom run
+
+check: setup ## what this kernel and these privileges allow
+	$(BIN)/spanloom check
+
+test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (root)
+	$(MAKE) lint
+	$(BIN)/python -m pytest -q
+
+unit: .venv/.test-ready ## the tests that need no root
+	$(BIN)/python -m pytest -q tests/unit
+
+e2e: setup .venv/.test-ready ## real programs under real probes (root)
+	$(BIN)/python -m pytest -q tests/e2e
+
+lint: .venv/.test-ready ## ruff and the import rules
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: .venv/.test-ready ## let ruff format the Python files
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+fuzz: .venv/.fuzz-ready ## fuzz every parser and decoder: FUZZ_SECONDS=20 each
+	tools/fuzz.sh $(BIN)/python $(or $(FUZZ_SECONDS),20)
+
+bench: setup .venv/.test-ready $(BENCH_OBJ) ## cost on this machine, as a table and as JSON (root)
+	$(BIN)/python -m bench
+
+golden: .venv/.test-ready ## rewrite the expected outputs of the replay tests
+	$(BIN)/python -m pytest -q tests/unit/test_replay.py --golden
+
+docs: .venv/.test-ready ## regenerate the reference pages
+	$(BIN)/python -m agent.config_doc > docs/configuration.md
+	$(BIN)/python -m agent.metrics > docs/metrics.md
+
+clean: ## remove everything that was built
+	rm -rf .venv build *.egg-info agent/kernel/*.bpf.o agent/kernel/*.so bench/*.bpf.o
+
+.venv/.ready: pyproject.toml setup.py agent/kernel/build_binding.py tools/setup.sh
+	tools/setup.sh base $(PYTHON)
+	@touch $@
+
+.venv/.test-ready: .venv/.ready pyproject.toml
+	tools/setup.sh test $(PYTHON)
+	@touch $@
+
+.venv/.fuzz-ready: .venv/.test-ready
+	tools/setup.sh fuzz $(PYTHON)
+	@touch $@
+
+agent/kernel/capture.$(ARCH).bpf.o: bpf/capture.bpf.c $(BPF_DEPS) | .venv/.ready
+	$(CLANG) $(BPF_FLAGS) -c $< -o $@
+
+bench/generator.$(ARCH).bpf.o: bench/generator.bpf.c $(BPF_DEPS) | .venv/.ready
+	$(CLANG) $(BPF_FLAGS) -c $< -o $@

@@ -409,7 +409,7 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 	quiet = quiet_ns << (connection->reports < 10 ? connection->reports : 10);
 	if (connection->tail_valid && connection->tail >> 24 == 0x0a0d0a0d30ULL)
 		quiet = quiet_ns;
-	if (connection->state == STATE_RESPONSE && now > active_ns + quiet &&
+	if (connection->state == STATE_RESPONSE && (draining || now > active_ns + quiet) &&
 	    (first || connection->reported_bytes != connection->exchange.response_bytes))
 		end = END_QUIET;
 	else if (first && now > begun_ns + open_ns)

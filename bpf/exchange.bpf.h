@@ -191,15 +191,14 @@ __noinline __u64 absorb_iovecs(__u64 sock, __u64 iov, __u64 iov_count, __u64 len
 	return length == LENGTH_UNKNOWN ? connection->cursor_total : length;
 }
 
-/* The one-buffer form of absorb(), when the first copy was not enough or is not possible. */
-static __noinline int absorb_pieces(struct connection *connection, struct transfer *transfer, __u32 limit)
+/* The one-buffer form of absorb(), when the first copy was not enough or is not possible. Global, see above. */
+__noinline int absorb_pieces(__u64 sock, __u64 buffer, __u64 length, __u64 limit)
 {
-	__u64 buffer, length, start;
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	__u64 start;
 
-	if (!connection || !transfer)
+	if (!connection)
 		return 0;
-	buffer = transfer->buffer;
-	length = transfer->length;
 	start = unfollowed(connection->data_length);
 	for (__u32 i = 0; i < REQUEST_CAP_MAX / COPY_SLACK; i++) {
 		__u64 done = unfollowed(connection->data_length) - start;
@@ -235,7 +234,7 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 			count(COUNTER_READ_FAULT);
 		return transfer->length;
 	}
-	absorb_pieces(connection, transfer, limit);
+	absorb_pieces(sock, transfer->buffer, transfer->length, limit);
 	return transfer->length;
 }
 

@@ -196,6 +196,7 @@ union {
 
 /* .bss, mapped by user space. */
 __u64 oldest_unreported_ns; /* lowered by the sweep to the begin of the oldest exchange that no record told of yet */
+__u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */
 
 static __always_inline void count(__u32 counter)

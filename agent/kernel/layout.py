@@ -90,7 +90,7 @@ class WireLayout:
     counters: tuple[str, ...]
 
     @classmethod
-    def from_descriptions(cls, describe) -> WireLayout:  # noqa: ANN001 - a callable from a C name to its text
+    def from_descriptions(cls, describe) -> WireLayout:
         """Read and check all of bpf/events.h. ``describe(name)`` returns the text for one struct or enum.
 
         Raises LayoutMismatchError when anything differs from ``agent.model``.

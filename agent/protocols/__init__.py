@@ -1,0 +1,7 @@
+"""The protocols, one module each, in the order in which they are asked about a record."""
+
+from __future__ import annotations
+
+from agent.protocols.http1 import Http1
+
+PROTOCOLS = (Http1,)

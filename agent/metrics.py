@@ -1,0 +1,161 @@
+"""Every metric the agent exposes, and where it is read.
+
+In: the running agent. Out: declarations and readers for ``agent.telemetry``; ``python -m agent.metrics`` prints the
+reference page. Nothing is counted for metrics alone: the readers look at what the stages count for themselves.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from agent import __version__
+from agent.telemetry import SOURCE_ERRORS, Metric, Source
+
+if TYPE_CHECKING:
+    from agent.runtime import Agent
+
+_BOOKS = (
+    Metric("spanloom_exchanges_begun_total", "Exchanges that the kernel saw begin.", "counter"),
+    Metric("spanloom_spans_handed_over_total", "Spans given to the exporter or the console.", "counter"),
+    Metric("spanloom_spans_sampled_out_total", "Spans of traces that were not sampled.", "counter"),
+    Metric(
+        "spanloom_exchanges_dropped_total", "Exchanges that did not become a span, by reason.", "counter", ("reason",)
+    ),
+    Metric(
+        "spanloom_exchanges_in_flight", "Exchanges going on, or held for their place in a trace.", "gauge", ("where",)
+    ),
+)
+_KERNEL = (
+    Metric(
+        "spanloom_kernel_events_total",
+        "Counters of the BPF programs (enum counter in bpf/events.h).",
+        "counter",
+        ("event",),
+    ),
+    Metric(
+        "spanloom_program_runs_total",
+        "Runs of a BPF program (needs kernel.bpf_stats_enabled).",
+        "counter",
+        ("program",),
+    ),
+    Metric(
+        "spanloom_program_seconds_total",
+        "Run time of a BPF program (needs kernel.bpf_stats_enabled).",
+        "counter",
+        ("program",),
+    ),
+    Metric(
+        "spanloom_program_missed_total", "Runs that the kernel skipped to prevent recursion.", "counter", ("program",)
+    ),
+)
+_STITCHING = (
+    Metric(
+        "spanloom_stitching_released_early_total",
+        "Exchanges placed before everything was known, because of a bound.",
+        "counter",
+    ),
+    Metric("spanloom_stitching_parents_lost_total", "Exchanges whose parent or peer never arrived.", "counter"),
+    Metric(
+        "spanloom_stitching_ambiguous_total",
+        "Client exchanges left without a parent: several were possible.",
+        "counter",
+    ),
+    Metric(
+        "spanloom_propagation_malformed_total",
+        "Trace headers that could not be read, by format.",
+        "counter",
+        ("format",),
+    ),
+)
+_PIPELINE = (
+    Metric("spanloom_records_unknown_total", "Ring-buffer records of an unknown kind.", "counter"),
+    Metric("spanloom_records_superseded_total", "Records of exchanges that had been finished already.", "counter"),
+    Metric("spanloom_processes", "Processes whose resource is remembered.", "gauge"),
+    Metric("spanloom_processes_vanished_total", "Processes that were gone before they could be looked up.", "counter"),
+)
+_EXPORT = (
+    Metric("spanloom_export_spans_total", "Spans by what became of them at the collector.", "counter", ("outcome",)),
+    Metric("spanloom_export_dropped_total", "Spans that could not be delivered, by reason.", "counter", ("reason",)),
+    Metric("spanloom_export_retries_total", "Batches sent again.", "counter"),
+    Metric("spanloom_export_in_flight_spans", "Spans accepted for export and not settled.", "gauge"),
+)
+_BUILD = (Metric("spanloom_build_info", "1, with the version as a label.", "gauge", ("version",)),)
+
+ALL = (*_BOOKS, *_KERNEL, *_STITCHING, *_PIPELINE, *_EXPORT, *_BUILD, SOURCE_ERRORS)
+
+
+def metric_sources(agent: Agent) -> list[Source]:
+    """The sources of a running agent. They are read in the telemetry thread; each reads plain numbers only."""
+
+    def books() -> dict[str, Any]:
+        state = agent.pipeline.books()
+        return {
+            "spanloom_exchanges_begun_total": state.begun,
+            "spanloom_spans_handed_over_total": state.handed_over,
+            "spanloom_spans_sampled_out_total": state.sampled_out,
+            "spanloom_exchanges_dropped_total": state.dropped,
+            "spanloom_exchanges_in_flight": {"kernel": state.in_flight_kernel, "agent": state.in_flight_agent},
+        }
+
+    def kernel() -> dict[str, Any]:
+        statistics = agent.capture.statistics()
+        return {
+            "spanloom_kernel_events_total": agent.capture.counters(),
+            "spanloom_program_runs_total": {one.name: one.run_count for one in statistics},
+            "spanloom_program_seconds_total": {one.name: one.run_time_ns / 1e9 for one in statistics},
+            "spanloom_program_missed_total": {one.name: one.misses for one in statistics},
+        }
+
+    def stitching() -> dict[str, Any]:
+        return {
+            "spanloom_stitching_released_early_total": agent.stitcher.released_early,
+            "spanloom_stitching_parents_lost_total": agent.stitcher.parents_lost,
+            "spanloom_stitching_ambiguous_total": agent.stitcher.ambiguous,
+            "spanloom_propagation_malformed_total": dict(agent.extractor.malformed),
+        }
+
+    def pipeline() -> dict[str, Any]:
+        return {
+            "spanloom_records_unknown_total": agent.pipeline.unknown_records,
+            "spanloom_records_superseded_total": agent.pipeline.superseded,
+            "spanloom_processes": len(agent.processes),
+            "spanloom_processes_vanished_total": agent.processes.vanished,
+        }
+
+    def export() -> dict[str, Any]:
+        if agent.exporter is None:
+            return {}
+        state = agent.exporter.snapshot()
+        return {
+            "spanloom_export_spans_total": {"exported": state.exported, "rejected": state.rejected},
+            "spanloom_export_dropped_total": state.dropped,
+            "spanloom_export_retries_total": state.retries,
+            "spanloom_export_in_flight_spans": state.in_flight,
+        }
+
+    return [
+        Source(_BOOKS, books),
+        Source(_KERNEL, kernel),
+        Source(_STITCHING, stitching),
+        Source(_PIPELINE, pipeline),
+        Source(_EXPORT, export),
+        Source(_BUILD, lambda: {"spanloom_build_info": {__version__: 1}}),
+    ]
+
+
+def reference() -> str:
+    """The metrics reference in Markdown (docs/metrics.md)."""
+    lines = [
+        "# Metrics",
+        "",
+        "Generated by `python -m agent.metrics`; do not edit.",
+        "",
+        "| metric | kind | labels | meaning |",
+        "|---|---|---|---|",
+    ]
+    lines += [f"| `{one.name}` | {one.kind} | {', '.join(one.labels)} | {one.help} |" for one in ALL]
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(reference(), end="")

@@ -1,0 +1,353 @@
+"""The flow from kernel records to exported spans; the only module that knows every stage.
+
+In: drained batches of a record source. Out: spans at the sinks. Nothing is lost silently: ``books()`` adds up, at any
+time, what began, what left, what was dropped and why, and what is on its way.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from agent.errors import ProtocolError
+from agent.kernel.records import Decoder
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
+from agent.process import ProcessInfo, ProcessTable, Selector
+from agent.protocols.http1_stream import PipelinedConnection
+from agent.stitch import Stitcher
+
+_FIRST = int(Flag.FIRST)
+_QUIET = int(End.QUIET)  # OPEN and QUIET, the provisional ends, are the two lowest
+_INTERLEAVING_LANGUAGES = frozenset({"go", "nodejs"})
+
+PROCESS_TRACED, PROCESS_IGNORED = 1, 2
+
+
+class RecordSource(Protocol):
+    """What the pipeline needs of the kernel: ``agent.kernel.capture.Capture``, or a replay of recorded bytes."""
+
+    def drain(self) -> tuple[bytes, list[int]]: ...
+    def sweep(self) -> int: ...
+    def decide(self, tgid: int, start_ns: int, state: int) -> None: ...
+    def counters(self) -> dict[str, int]: ...
+
+
+class ExchangeProtocol(Protocol):
+    """A protocol of ``agent.protocols``: bytes of one exchange -> Call, or ProtocolError when they are not its own."""
+
+    def parse(self, exchange: Exchange) -> Call: ...
+
+
+class Sink(Protocol):
+    """Where spans go. ``waiting`` counts those taken and not handed on yet."""
+
+    waiting: int
+
+    def write(self, spans: Sequence[Span], now_ns: int) -> None: ...
+    def tick(self, now_ns: int) -> None: ...
+    def flush(self) -> None: ...
+
+
+class Books(msgspec.Struct, frozen=True, kw_only=True):
+    """``begun = handed_over + sampled_out + sum(dropped.values()) + in_flight`` holds exactly.
+
+    ``handed_over`` spans have left the pipeline for an exporter or the console; the exporter keeps books of its own.
+    """
+
+    begun: int
+    handed_over: int
+    sampled_out: int
+    dropped: dict[str, int]
+    in_flight_kernel: int
+    in_flight_agent: int
+
+    @property
+    def in_flight(self) -> int:
+        """Exchanges that are going on, in the ring buffer, or held for their place in a trace."""
+        return self.in_flight_kernel + self.in_flight_agent
+
+
+class Pipeline:
+    """Runs the stages over batches. Not thread-safe: one thread feeds it.
+
+    Bounds: ``max_pending`` exchanges that were reported before their end (the oldest is finished as it is known),
+    ``max_pending`` pipelined connections, ``max_processes`` decisions on processes.
+    """
+
+    def __init__(
+        self,
+        *,
+        source: RecordSource,
+        decoder: Decoder,
+        protocols: Sequence[ExchangeProtocol],
+        processes: ProcessTable,
+        selector: Selector,
+        stitcher: Stitcher,
+        sinks: Sequence[Sink],
+        on_process: Callable[[ProcessInfo], None] = lambda info: None,
+        max_pending: int = 32768,
+        max_processes: int = 16384,
+        pending_timeout_ns: int = 660_000_000_000,
+    ) -> None:
+        self._source = source
+        self._decoder = decoder
+        self._parsers = [protocol.parse for protocol in protocols]
+        self._processes = processes
+        self._selector = selector
+        self._stitcher = stitcher
+        self._sinks = list(sinks)
+        self._on_process = on_process
+        self._max_pending = max_pending
+        self._max_processes = max_processes
+        self._pending_timeout_ns = pending_timeout_ns
+        self._decided: dict[tuple[int, int], bool] = {}
+        # Exchanges reported before their end, by id, oldest first; and which of them a connection has.
+        self._pending: dict[int, Exchange] = {}
+        self._pending_of: dict[int, int] = {}
+        # Ids finished by a report of the sweep, in two generations: the connection's next request may, in a race,
+        # report the same exchange as new.
+        self._swept: set[int] = set()
+        self._swept_before: set[int] = set()
+        self._streams: dict[int, PipelinedConnection] = {}
+        self.received = 0
+        """Exchanges of which a first record was read."""
+        self.streamed = 0
+        """Exchanges made from the segments of pipelined connections."""
+        self.handed_over = 0
+        self.dropped: Counter[str] = Counter()
+        self.superseded = 0
+        """Records of exchanges that had been finished already."""
+        self._handlers = {
+            Exchange: self._on_exchange,
+            ProcessSeen: self._on_process_seen,
+            Segment: self._on_segment,
+            ConnectionClosed: self._on_close,
+        }
+
+    def run_once(self, now_ns: int) -> int:
+        """Take everything that is in the ring buffer. Returns the number of records."""
+        total = 0
+        while True:
+            batch, offsets = self._source.drain()
+            if not offsets:
+                break
+            total += len(offsets)
+            self.feed(batch, offsets, now_ns)
+        for sink in self._sinks:
+            sink.tick(now_ns)
+        return total
+
+    def feed(self, batch: bytes, offsets: Iterable[int], now_ns: int) -> None:
+        """Run one batch through all stages."""
+        handlers = self._handlers
+        for record in self._decoder.decode(batch, offsets):
+            handlers[type(record)](record)
+        self._hand_over(now_ns)
+
+    def sweep(self, now_ns: int) -> None:
+        """Let the kernel report what is quiet, take all of it, and decide what the new watermark allows."""
+        watermark_ns = self._source.sweep()
+        self.run_once(now_ns)
+        self._stitcher.advance(watermark_ns, now_ns)
+        self._swept_before, self._swept = self._swept, set()
+        self._expire(now_ns)
+        self._hand_over(now_ns)
+
+    def finish(self, now_ns: int) -> None:
+        """Place and hand over everything that waits. What has not ended yet stays in flight."""
+        self._stitcher.flush()
+        self._hand_over(now_ns)
+        for sink in self._sinks:
+            sink.flush()
+
+    def books(self) -> Books:
+        """The account of everything since the start; see Books."""
+        kernel = self._source.counters()
+        dropped = Counter(self.dropped)
+        for name in ("ring_full", "state_full", "not_http"):
+            dropped[name] += kernel[f"dropped_{name}"]
+        dropped["write_refused"] += kernel["cancelled"]
+        lost = sum(stream.lost for stream in self._streams.values())
+        dropped["stream_lost"] += lost
+        left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
+        left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
+        return Books(
+            begun=kernel["begun"] - kernel["streamed"] + self.streamed + lost,
+            handed_over=self.handed_over,
+            sampled_out=self._stitcher.sampled_out,
+            dropped=+dropped,
+            in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - self.received,
+            in_flight_agent=len(self._pending) + self._stitcher.held + sum(sink.waiting for sink in self._sinks),
+        )
+
+    @property
+    def pending(self) -> int:
+        """Exchanges that were reported before their end."""
+        return len(self._pending)
+
+    @property
+    def unknown_records(self) -> int:
+        """Ring-buffer records of an unknown kind."""
+        return self._decoder.unknown_records
+
+    @property
+    def streams(self) -> int:
+        """Pipelined connections that are followed."""
+        return len(self._streams)
+
+    def _hand_over(self, now_ns: int) -> None:
+        spans = self._stitcher.take()
+        if spans:
+            self.handed_over += len(spans)
+            for sink in self._sinks:
+                sink.write(spans, now_ns)
+
+    # -- exchanges
+
+    def _on_exchange(self, exchange: Exchange) -> None:
+        is_first = exchange.flags & _FIRST
+        if is_first:
+            self.received += 1
+        key = (exchange.tgid, exchange.process_start_ns)
+        selected = self._decided.get(key)
+        if selected is None:
+            selected = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
+        if not selected:
+            if is_first:
+                self.dropped["not_selected"] += 1
+            return
+        if self._pending or exchange.end <= _QUIET or not is_first or self._swept or self._swept_before:
+            self._on_reported(exchange, bool(is_first))
+        else:
+            self._finish(exchange)
+
+    def _on_reported(self, exchange: Exchange, is_first: bool) -> None:
+        """The rarer cases: a provisional record, or one that follows a provisional record."""
+        exchange_id = exchange.exchange_id
+        if is_first:
+            if exchange_id in self._swept or exchange_id in self._swept_before:
+                self.received -= 1  # counted twice by the kernel, too: see the race at _swept
+                self.superseded += 1
+                return
+            older = self._pending_of.get(exchange.connection_id)
+            if older is not None:
+                self._finish(msgspec.structs.replace(self._forget_pending(older), end=int(End.NEXT)))
+        elif exchange_id not in self._pending:
+            self.superseded += 1
+            return
+        if exchange.end > _QUIET:
+            if not is_first:
+                self._forget_pending(exchange_id)
+            self._finish(exchange)
+            return
+        call = self._parse(exchange, provisional=True)
+        if call is not None and call.complete:
+            if not is_first:
+                self._forget_pending(exchange_id)
+            self._swept.add(exchange_id)
+            self._stitcher.add(exchange, call)
+            return
+        if is_first and len(self._pending) >= self._max_pending:
+            self._finish(self._forget_pending(next(iter(self._pending))))
+        self._pending[exchange_id] = exchange
+        self._pending_of[exchange.connection_id] = exchange_id
+        if call is not None:
+            self._stitcher.announce(exchange, call)
+
+    def _finish(self, exchange: Exchange) -> None:
+        call = self._parse(exchange)
+        if call is not None:
+            self._stitcher.add(exchange, call)
+
+    def _parse(self, exchange: Exchange, provisional: bool = False) -> Call | None:
+        """Ask the protocols in order. The reason of the last one counts, unless a later record may do better."""
+        reason = "no_protocol"
+        for parse in self._parsers:
+            try:
+                return parse(exchange)
+            except ProtocolError as error:
+                reason = error.reason
+        if not provisional:
+            self.dropped[reason] += 1
+        return None
+
+    def _forget_pending(self, exchange_id: int) -> Exchange:
+        exchange = self._pending.pop(exchange_id)
+        if self._pending_of.get(exchange.connection_id) == exchange_id:
+            del self._pending_of[exchange.connection_id]
+        return exchange
+
+    def _expire(self, now_ns: int) -> None:
+        """Finish what was reported once and never again: its last record was lost, or its end has not been seen."""
+        limit_ns = now_ns - self._pending_timeout_ns
+        while self._pending:
+            oldest = next(iter(self._pending.values()))
+            if oldest.end_ns > limit_ns:
+                break
+            self._finish(msgspec.structs.replace(self._forget_pending(oldest.exchange_id), end=int(End.TIMED_OUT)))
+
+    def _on_close(self, closed: ConnectionClosed) -> None:
+        stream = self._streams.pop(closed.connection_id, None)
+        if stream is not None:
+            self._close_stream(stream, closed)
+            return
+        exchange = self._pending.get(closed.exchange_id)
+        if exchange is not None:
+            self._forget_pending(closed.exchange_id)
+            self._finish(
+                msgspec.structs.replace(
+                    exchange,
+                    end=closed.end,
+                    flags=exchange.flags | closed.flags & Flag.PEER_CLOSED,
+                    end_ns=closed.time_ns,
+                )
+            )
+
+    # -- pipelined connections
+
+    def _on_segment(self, segment: Segment) -> None:
+        stream = self._streams.get(segment.connection_id)
+        if stream is None:
+            if len(self._streams) >= self._max_pending:
+                self._close_stream(self._streams.pop(next(iter(self._streams))), None)
+            stream = self._streams[segment.connection_id] = PipelinedConnection()
+        self._take_streamed(stream.feed(segment))
+
+    def _close_stream(self, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
+        self._take_streamed(stream.close(closed))
+        self.streamed += stream.lost
+        self.dropped["stream_lost"] += stream.lost
+
+    def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
+        for exchange in exchanges:
+            self.streamed += 1
+            key = (exchange.tgid, exchange.process_start_ns)
+            selected = self._decided.get(key)
+            if selected is None:
+                selected = self._decide(self._processes.lookup(*key))
+            if selected:
+                self._finish(exchange)
+            else:
+                self.dropped["not_selected"] += 1
+
+    # -- processes
+
+    def _on_process_seen(self, seen: ProcessSeen) -> None:
+        self._decide(self._processes.observe(seen))
+
+    def _decide(self, info: ProcessInfo) -> bool:
+        selected = self._selector.selects(info)
+        if len(self._decided) >= self._max_processes:
+            self._decided.clear()
+        self._decided[info.key] = selected
+        self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
+        self._on_process(info)
+        return selected
+
+    def threads_interleave(self, process: tuple[int, int]) -> bool:
+        """Whether the language runs several requests on one thread in ways that the kernel cannot see."""
+        info = self._processes.get(process)
+        return info is not None and info.language in _INTERLEAVING_LANGUAGES

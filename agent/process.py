@@ -1,0 +1,466 @@
+"""Which program a record belongs to: process -> resource attributes, and which programs are traced.
+
+In: what the kernel said about a process (``ProcessSeen``, or just its pid and start time) and the bounded beginning of
+a few files of ``/proc/<pid>``. Out: ``ProcessInfo``, one per process, and the decision of the ``Selector``. Never:
+waits, talks to the network, raises because a process is gone or forbidden, keeps an environment variable other than
+``OTEL_SERVICE_NAME`` and ``OTEL_RESOURCE_ATTRIBUTES``, or gives one process what belongs to another that had its pid.
+
+A process is ``(tgid, start_ns)``, the start in CLOCK_BOOTTIME nanoseconds. Its directory in ``/proc`` is opened once,
+its start time is compared, and all other files are read through that descriptor: the kernel ties the descriptor to the
+process and not to the number, so a pid that is used again in between yields ESRCH and never a stranger's data.
+
+The module is longer than most: reading ``/proc`` with bounds and guessing the language stay with their only user.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import os
+import re
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+import msgspec
+
+from agent.model import Attributes, ProcessSeen
+
+# Bounds on what is read of each file. Everything behind a bound is as if absent.
+_STAT_BYTES = 4096
+_CGROUP_BYTES = 16 * 1024
+_COMMAND_LINE_BYTES = 2048
+_COMMAND_LINE_ARGUMENTS = 16
+_ENVIRON_BYTES = 256 * 1024  # in Kubernetes, every service of a namespace adds some 500 bytes
+_MAPS_BYTES = 1024 * 1024  # shared libraries stand behind the heap of a JVM
+_ELF_TABLE_BYTES = 64 * 1024  # section headers, section names: 1024 sections
+_ELF_COMMENT_BYTES = 4096
+_READ_CHUNK_BYTES = 16 * 1024
+
+# Bounds on what a process may declare about itself: what is over is left out, a longer value is cut.
+_DECLARED_PAIRS = 64
+_DECLARED_KEY_CHARS = 255
+_DECLARED_VALUE_CHARS = 1024
+
+# At the bound of the table, this many of its oldest entries are asked whether they still run before one is evicted.
+_EVICTION_CANDIDATES = 16
+
+_NS_PER_SECOND = 1_000_000_000
+_TICK_NS = _NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
+
+# What the agent knows better than the process does; its OTEL_RESOURCE_ATTRIBUTES cannot change these.
+_FACTS = frozenset(("process.pid", "process.executable.name"))
+
+
+class ProcessInfo(msgspec.Struct, frozen=True, gc=False):
+    """One process.
+
+    ``key`` is ``(tgid, start_ns)``. ``executable_name`` and ``executable_path`` may be empty. ``command_line`` (at most
+    16 arguments of 2 KiB together) serves language detection; it may hold secrets, so it is never exported and not
+    part of the ``repr``. ``language`` is a value of ``telemetry.sdk.language`` or empty. ``resource`` holds every
+    resource attribute of the process's spans. ``alive_when_seen`` tells whether ``/proc`` could be read.
+    """
+
+    key: tuple[int, int]
+    executable_name: str
+    executable_path: str
+    command_line: tuple[str, ...]
+    language: str
+    service_name: str
+    resource: Attributes
+    alive_when_seen: bool
+
+    def __repr__(self) -> str:
+        return f"ProcessInfo(key={self.key}, executable={self.executable_name!r}, service_name={self.service_name!r})"
+
+
+class ProcessTable:
+    """All processes that made exchanges, read from ``/proc`` once each.
+
+    At most ``max_processes`` entries; at the bound an entry whose process has ended is evicted, oldest first, looking
+    at 16 candidates at most, and if all of those run, the oldest one: it is read again when it is next looked up.
+
+    ``service.instance.id`` is ``<host_name>.<pid>.<start_ns>`` unless the process declares another one: the same for
+    every span of one process, and different for any other process of the host until it boots again.
+
+    ``proc_root`` must show the host's pids. ``extra_attributes`` go to every resource; what a process declares in its
+    own environment wins over them. ``version`` is that of the agent. Counters: ``vanished`` counts the processes of
+    which only the kernel's word is known, ``evicted`` the entries given up at the bound.
+    """
+
+    def __init__(
+        self,
+        *,
+        proc_root: Path = Path("/proc"),
+        host_name: str,
+        extra_attributes: Attributes = (),
+        max_processes: int = 8192,
+        version: str,
+    ) -> None:
+        self._proc_root = os.fspath(proc_root)
+        self._host_name = host_name
+        self._extra_attributes = extra_attributes
+        self._max_processes = max(1, max_processes)
+        self._version = version
+        self._processes: dict[tuple[int, int], ProcessInfo] = {}
+        self.vanished = 0
+        self.evicted = 0
+
+    def __len__(self) -> int:
+        return len(self._processes)
+
+    def observe(self, seen: ProcessSeen) -> ProcessInfo:
+        """Take the kernel's announcement of a process. It is read again only after an exec."""
+        known = self._processes.get((seen.tgid, seen.start_ns))
+        if known is not None and known.alive_when_seen and _is_named(known.executable_name, seen.executable):
+            return known
+        return self._add(seen.tgid, seen.start_ns, seen.executable, seen.comm)
+
+    def get(self, key: tuple[int, int]) -> ProcessInfo | None:
+        return self._processes.get(key)
+
+    def lookup(self, tgid: int, start_ns: int, comm: str = "") -> ProcessInfo:
+        """The process of a record; one that was never announced (the announcement was lost) is read from ``/proc``."""
+        known = self._processes.get((tgid, start_ns))
+        return known if known is not None else self._add(tgid, start_ns, "", comm)
+
+    def forget(self, key: tuple[int, int]) -> None:
+        self._processes.pop(key, None)
+
+    def _add(self, tgid: int, start_ns: int, executable: str, comm: str) -> ProcessInfo:
+        key = (tgid, start_ns)
+        directory_fd = self._open_generation(key)
+        if directory_fd is None:
+            self.vanished += 1
+            info = self._describe(key, executable, comm, None)
+        else:
+            try:
+                info = self._describe(key, executable, comm, directory_fd)
+            finally:
+                os.close(directory_fd)
+        if key not in self._processes and len(self._processes) >= self._max_processes:
+            self._evict_one()
+        self._processes[key] = info
+        return info
+
+    def _open_generation(self, key: tuple[int, int]) -> int | None:
+        """A descriptor of ``/proc/<tgid>`` if that is the process that started at ``start_ns``, else None."""
+        tgid, start_ns = key
+        try:
+            fd = os.open(f"{self._proc_root}/{tgid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        # stat shows whole clock ticks, cut and not rounded. One more tick on either side allows for rounding on the
+        # way; no pid comes round again within 30 ms.
+        started_ns = _start_ticks(_read(fd, "stat", _STAT_BYTES)) * _TICK_NS
+        if started_ns >= 0 and -_TICK_NS <= start_ns - started_ns < 2 * _TICK_NS:
+            return fd
+        os.close(fd)
+        return None
+
+    def _evict_one(self) -> None:
+        for key in list(islice(self._processes, _EVICTION_CANDIDATES)):
+            fd = self._open_generation(key)
+            if fd is None:
+                break
+            os.close(fd)
+            self._processes[key] = self._processes.pop(key)  # alive: to the young end
+        else:
+            key = next(iter(self._processes))
+        del self._processes[key]
+        self.evicted += 1
+
+    def _describe(self, key: tuple[int, int], executable: str, comm: str, directory_fd: int | None) -> ProcessInfo:
+        path, command_line, unit = "", (), ""
+        declared: dict[str, str] = {}
+        if directory_fd is None:
+            name = executable
+            language = _language_of_name(name)
+        else:
+            path = _executable_path(directory_fd)
+            name = _base_name(path) or executable
+            command_line = _command_line(_read(directory_fd, "cmdline", _COMMAND_LINE_BYTES))
+            declared = _declared(_read_declarations(directory_fd))
+            unit = systemd_unit(_read(directory_fd, "cgroup", _CGROUP_BYTES))
+            language = _language(directory_fd, name, command_line)
+        service_name = (
+            declared.get("service.name") or unit or name or (f"unknown_service:{comm}" if comm else "unknown_service")
+        )
+        tgid, start_ns = key
+        resource: dict[str, str | int | float | bool | tuple[str, ...]] = {
+            "service.name": service_name,
+            "service.instance.id": f"{self._host_name}.{tgid}.{start_ns}",
+            "host.name": self._host_name,
+        }
+        resource.update(self._extra_attributes)
+        for attribute, value in declared.items():
+            if attribute not in _FACTS and not attribute.startswith("telemetry.sdk."):
+                resource[attribute] = value
+        resource["service.name"] = service_name
+        resource["process.pid"] = tgid
+        if name or comm:
+            resource["process.executable.name"] = name or comm
+        resource["telemetry.sdk.name"] = "spanloom"
+        if language:
+            resource["telemetry.sdk.language"] = language
+        resource["telemetry.sdk.version"] = self._version
+        return ProcessInfo(
+            key=key,
+            executable_name=name,
+            executable_path=path,
+            command_line=command_line,
+            language=language,
+            service_name=service_name,
+            resource=tuple(resource.items()),
+            alive_when_seen=directory_fd is not None,
+        )
+
+
+class Selector:
+    """Which processes are traced: those that match an ``include`` glob and no ``exclude`` glob, never the agent itself.
+
+    The globs are ``fnmatch`` patterns, case-sensitive, on the executable's name or its whole path. An empty
+    ``include`` selects nothing. A process whose name is unknown is matched by ``*`` only.
+    """
+
+    def __init__(self, include: Sequence[str], exclude: Sequence[str], own_tgid: int) -> None:
+        self._include = _matcher(include)
+        self._exclude = _matcher(exclude)
+        self._own_tgid = own_tgid
+
+    def selects(self, info: ProcessInfo) -> bool:
+        if info.key[0] == self._own_tgid:
+            return False
+        name, path = info.executable_name, info.executable_path
+        if self._exclude(name) is not None or (path and self._exclude(path) is not None):
+            return False
+        return self._include(name) is not None or (path != "" and self._include(path) is not None)
+
+
+def _matcher(globs: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
+    """One expression for all globs; without a glob it matches nothing."""
+    return re.compile("|".join(map(fnmatch.translate, globs)) if globs else r"(?!)").match
+
+
+def systemd_unit(cgroup: bytes) -> str:
+    """The service unit in the text of ``/proc/<pid>/cgroup`` without ``.service``, or an empty string.
+
+    systemd keeps its own hierarchy in ``name=systemd`` (v1, hybrid) or in ``0::`` (v2); controllers of v1 are not
+    asked, as anybody may move processes there. A user's service manager (``user@1000.service``), a transient unit with
+    a random name and a container below a runtime's unit are not what a person would call the service.
+    """
+    path = b""
+    for line in cgroup.split(b"\n"):
+        hierarchy, _, rest = line.partition(b":")
+        controllers, separator, line_path = rest.partition(b":")
+        if not separator:
+            continue
+        if controllers == b"name=systemd":
+            path = line_path
+            break
+        if hierarchy == b"0" and controllers == b"":
+            path = line_path
+    below_unit: list[bytes] = []
+    for component in reversed(path.removesuffix(b" (deleted)").split(b"/")):
+        if component.endswith(b".service"):
+            unit = component.removesuffix(b".service")
+            if unit.startswith(b"user@") or _TRANSIENT_UNIT.fullmatch(unit) or any(map(_CONTAINER.search, below_unit)):
+                return ""
+            return unit.decode("utf-8", "replace")
+        below_unit.append(component)
+    return ""
+
+
+_TRANSIENT_UNIT = re.compile(rb"run-(?:r[0-9a-f]{16,}|[up]\d[\w-]*)")  # what systemd-run invents without --unit
+_CONTAINER = re.compile(rb"[0-9a-f]{64}|^kubepods|^libpod|^docker")
+
+
+def parse_resource_attributes(value: str) -> dict[str, str]:
+    """The pairs of ``OTEL_RESOURCE_ATTRIBUTES`` (OpenTelemetry specification, Resource SDK): ``key=value,key2=...``.
+
+    Keys and values are percent-decoded. A pair without ``=``, without a key, or that is no UTF-8 after decoding is left
+    out, as the SDKs do; of equal keys the last one wins. At most 64 pairs; values are cut at 1024 characters.
+    """
+    pairs: dict[str, str] = {}
+    for item in value.split(","):
+        raw_key, separator, raw_value = item.partition("=")
+        try:
+            key = unquote_to_bytes(raw_key.strip()).decode()
+            decoded = unquote_to_bytes(raw_value.strip()).decode()
+        except UnicodeDecodeError:
+            continue
+        if not separator or not key or len(key) > _DECLARED_KEY_CHARS:
+            continue
+        if len(pairs) >= _DECLARED_PAIRS and key not in pairs:
+            break
+        pairs[key] = decoded[:_DECLARED_VALUE_CHARS]
+    return pairs
+
+
+def _declared(environment: dict[bytes, bytes]) -> dict[str, str]:
+    """What the process says about itself; ``service.name`` is absent or not empty."""
+    attributes = parse_resource_attributes(environment.get(_RESOURCE_ATTRIBUTES, b"").decode("utf-8", "replace"))
+    name = environment.get(_SERVICE_NAME, b"").decode("utf-8", "replace").strip()[:_DECLARED_VALUE_CHARS]
+    if name:
+        attributes["service.name"] = name
+    elif not attributes.get("service.name"):
+        attributes.pop("service.name", None)
+    return attributes
+
+
+_SERVICE_NAME = b"OTEL_SERVICE_NAME"
+_RESOURCE_ATTRIBUTES = b"OTEL_RESOURCE_ATTRIBUTES"
+
+
+def _read_declarations(directory_fd: int) -> dict[bytes, bytes]:
+    """The two variables of the environment that matter. Like getenv, the first of equal names counts."""
+    found: dict[bytes, bytes] = {}
+    rest = b""
+    for chunk in _chunks(directory_fd, "environ", _ENVIRON_BYTES):
+        *entries, rest = (rest + chunk).split(b"\0")  # an entry without its final NUL was cut, and is not used
+        for entry in entries:
+            if entry.startswith(b"OTEL_"):
+                name, _, value = entry.partition(b"=")
+                if name in (_SERVICE_NAME, _RESOURCE_ATTRIBUTES):
+                    found.setdefault(name, value)
+        if len(found) == 2:
+            break
+    return found
+
+
+def _executable_path(directory_fd: int) -> str:
+    try:
+        target = os.readlink(b"exe", dir_fd=directory_fd)
+    except OSError:  # a kernel thread, a zombie, or no permission
+        return ""
+    return target.removesuffix(b" (deleted)").decode("utf-8", "replace")
+
+
+def _base_name(path: str) -> str:
+    return path[1:] if path.startswith("/memfd:") else path.rpartition("/")[2]
+
+
+def _is_named(name: str, announced: str) -> bool:
+    """Whether the kernel's name, cut at 63 bytes, is that of this executable."""
+    return name == announced or (len(announced) >= 31 and name.startswith(announced.rstrip("\ufffd")))
+
+
+def _command_line(data: bytes) -> tuple[str, ...]:
+    arguments = data.rstrip(b"\0").split(b"\0", _COMMAND_LINE_ARGUMENTS)[:_COMMAND_LINE_ARGUMENTS]
+    return tuple(argument.decode("utf-8", "replace") for argument in arguments) if data else ()
+
+
+def _start_ticks(stat: bytes) -> int:
+    """Field 22 of ``/proc/<pid>/stat``, or -1. The name in field 2 may hold spaces and parentheses."""
+    fields = stat.rpartition(b")")[2].split()
+    try:
+        return int(fields[19])
+    except (IndexError, ValueError):
+        return -1
+
+
+def _chunks(directory_fd: int, name: str, limit_bytes: int) -> Iterator[bytes]:
+    """The file in pieces up to the limit; it ends where an error occurs."""
+    try:
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=directory_fd)
+    except OSError:
+        return
+    try:
+        while limit_bytes > 0:
+            chunk = os.read(fd, min(limit_bytes, _READ_CHUNK_BYTES))
+            if not chunk:
+                return
+            limit_bytes -= len(chunk)
+            yield chunk
+    except OSError:
+        return
+    finally:
+        os.close(fd)
+
+
+def _read(directory_fd: int, name: str, limit_bytes: int) -> bytes:
+    return b"".join(_chunks(directory_fd, name, limit_bytes))
+
+
+_LANGUAGE_BY_NAME = (
+    (re.compile(r"(?:python|pypy)[\d.]*(?:-dbg|[dmt]+)?"), "python"),
+    (re.compile(r"node(?:js)?\d*"), "nodejs"),
+    (re.compile(r"java"), "java"),
+    (re.compile(r"j?ruby[\d.]*"), "ruby"),
+    (re.compile(r"php(?:-fpm|-cgi)?[\d.]*"), "php"),
+    (re.compile(r"dotnet"), "dotnet"),
+    (re.compile(r"beam(?:\.smp)?"), "erlang"),
+)
+_RUNTIME_LIBRARY = re.compile(
+    rb"/lib(jvm|coreclr|python|ruby|php|node|stdc\+\+|c\+\+)[^/\n]*\.so[^/\n]*$", re.MULTILINE
+)
+_LANGUAGE_BY_LIBRARY = (
+    (b"jvm", "java"),
+    (b"coreclr", "dotnet"),
+    (b"python", "python"),
+    (b"ruby", "ruby"),
+    (b"php", "php"),
+    (b"node", "nodejs"),
+)
+
+
+def _language_of_name(name: str) -> str:
+    return next((language for pattern, language in _LANGUAGE_BY_NAME if pattern.fullmatch(name)), "")
+
+
+def _language(directory_fd: int, name: str, command_line: tuple[str, ...]) -> str:
+    """From the cheapest to the dearest evidence: the name, the runtime's libraries, the executable's own sections."""
+    language = _language_of_name(name) or (_language_of_name(_base_name(command_line[0])) if command_line else "")
+    if language:
+        return language
+    libraries = {match[1] for match in _RUNTIME_LIBRARY.finditer(_read(directory_fd, "maps", _MAPS_BYTES))}
+    for library, language in _LANGUAGE_BY_LIBRARY:
+        if library in libraries:
+            return language
+    try:
+        fd = os.open("exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK, dir_fd=directory_fd)
+    except OSError:
+        language = ""
+    else:
+        try:
+            language = language_of_elf(lambda offset, count: os.pread(fd, count, offset))
+        except OSError:
+            language = ""
+        finally:
+            os.close(fd)
+    return language or ("cpp" if libraries else "")
+
+
+def language_of_elf(read_at: Callable[[int, int], bytes]) -> str:
+    """``go`` or ``rust`` when an executable says so, else an empty string; any bytes are safe.
+
+    ``read_at(offset, count)`` returns at most ``count`` bytes. Go's linker writes ``.go.buildinfo`` even when symbols
+    are stripped; rustc leaves its version in ``.comment``. Layouts: System V ABI, "ELF header" and "Sections".
+    """
+    header = read_at(0, 64)
+    if len(header) < 52 or header[:4] != b"\x7fELF" or header[4] not in (1, 2) or header[5] not in (1, 2):
+        return ""
+    order, wide = "<>"[header[5] - 1], header[4] == 2
+    if wide and len(header) < 64:
+        return ""
+    (table_offset,) = struct.unpack_from(order + "Q" if wide else order + "I", header, 40 if wide else 32)
+    entry_size, count, names_index = struct.unpack_from(order + "3H", header, 58 if wide else 46)
+    entry = struct.Struct(order + ("I20xQQ" if wide else "I12xII"))  # sh_name, sh_offset, sh_size
+    if entry_size < entry.size or names_index >= count or table_offset > 2**62:
+        return ""
+    table = read_at(table_offset, min(entry_size * count, _ELF_TABLE_BYTES))
+    sections = [entry.unpack_from(table, at) for at in range(0, len(table) - entry_size + 1, entry_size)]
+    if names_index >= len(sections):
+        return ""
+    _, names_offset, names_size = sections[names_index]
+    if names_offset > 2**62:
+        return ""
+    names = read_at(names_offset, min(names_size, _ELF_TABLE_BYTES))
+    for name_offset, offset, size in sections:
+        name = names[name_offset : names.find(b"\0", name_offset)]
+        if name in (b".go.buildinfo", b".note.go.buildid"):
+            return "go"
+        if name == b".comment" and offset <= 2**62 and b"rustc " in read_at(offset, min(size, _ELF_COMMENT_BYTES)):
+            return "rust"
+    return ""

@@ -1,0 +1,406 @@
+"""HTTP/1.x: one kernel record of an exchange -> what was asked and answered (sans-IO).
+
+In: an ``Exchange``. Out: a ``Call`` whose attributes follow the stable HTTP semantic conventions. Never happens: a
+clock or a socket is read, a header that was not asked for leaves this module, an exception other than ``ProtocolError``
+is raised, whatever the bytes and numbers are.
+
+This is the hot path of the agent. Most lines of most heads repeat, so everything derived from a line is remembered by
+the line's bytes, and the attributes of a call are put together from remembered pairs (encoders may cache by identity or
+by value). Every memo is bounded and emptied when full, so hostile variety costs time, not memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from socket import AF_INET, AF_INET6, inet_ntop
+from typing import Protocol
+
+from agent import redaction, routes
+from agent.errors import ProtocolError
+from agent.model import Attributes, Call, End, Exchange, Flag, Role, TraceContext
+from agent.protocols import http1_syntax as syntax
+from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
+from agent.protocols.http1_outcome import METHOD_MEANING, failure, is_whole
+from agent.protocols.http1_syntax import Framing
+
+KNOWN_METHODS = frozenset(
+    (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"QUERY")
+)
+"""``http.request.method`` values of the semantic conventions; another method is ``_OTHER``."""
+
+MEMO_TARGETS = 4096
+MEMO_TARGET_BYTES = 512
+"""Longer request lines are read each time: at most about 6 MB per role."""
+MEMO_HEADS = 1024
+MEMO_HEAD_BYTES = 768
+"""Longer response heads are read each time: at most about 1.5 MB per role."""
+MEMO_PEERS = 4096
+REQUEST_ID_BYTES = 128
+"""A longer x-request-id is cut: it is a key for joining, not data."""
+
+_SERVER = int(Role.SERVER)
+_QUIET, _HANDED_OVER = int(End.QUIET), int(End.HANDED_OVER)
+_REQUEST_CUT = int(Flag.REQUEST_TRUNCATED | Flag.REQUEST_GAP)
+_LENGTH, _UNKNOWN = Framing.LENGTH, Framing.UNKNOWN
+
+_DEFAULT_PORTS = {"https": 443, "wss": 443}
+_URL_HEADERS = frozenset((b"referer", b"location", b"content-location"))
+"""Captured values of these are URLs and redacted as such."""
+
+_Fields = dict[bytes, bytes | list[bytes]]
+_Target = tuple[Attributes, str, int]
+"""Attributes that the request line and Host decide, the span name, and 0, or HEAD or CONNECT of http1_outcome."""
+_Answer = tuple[int, Framing, int, Attributes, bool]
+"""Status, framing, Content-Length, attributes (status, error.type, captured headers), whether the status is bad."""
+_NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
+_HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
+
+
+class _Extractor(Protocol):
+    """What is needed of ``agent.propagation.Extractor``."""
+
+    header_names: frozenset[bytes]
+
+    def extract(
+        self, headers: Mapping[bytes, bytes | list[bytes]]
+    ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]: ...
+
+
+class Http1:
+    """Parses records of HTTP/1.x exchanges; keeps nothing of an exchange but memos of repeated text."""
+
+    def __init__(
+        self,
+        *,
+        extractor: _Extractor,
+        request_headers: Iterable[str] = (),
+        response_headers: Iterable[str] = (),
+        allow_secret_headers: bool = False,
+        redact_query_keys: Iterable[str] = redaction.DEFAULT_QUERY_KEYS,
+        route_patterns: Iterable[str] = (),
+        guess_routes: bool = False,
+    ) -> None:
+        """Take the headers to capture and the rules for URLs. Raises ConfigError for a malformed route pattern.
+
+        Header names that carry credentials are left out unless ``allow_secret_headers``; ``refused_headers`` has them.
+        """
+        captured_request, refused_request = redaction.split_headers(request_headers, allow_secret=allow_secret_headers)
+        captured_response, refused = redaction.split_headers(response_headers, allow_secret=allow_secret_headers)
+        self.refused_headers: tuple[str, ...] = tuple(dict.fromkeys(refused_request + refused))
+        self._request_captures = _captures("http.request.header.", captured_request)
+        self._response_captures = _captures("http.response.header.", captured_response)
+        self._redactor = redaction.QueryRedactor(redact_query_keys)
+        self._routes = routes.Routes(route_patterns)
+        self._guess_routes = guess_routes
+        self._extract = extractor.extract
+        self._context_names = extractor.header_names
+
+        read = {b"host", b"user-agent", b"content-length", b"transfer-encoding", b"forwarded", b"x-forwarded-for"}
+        unique = {*extractor.header_names, b"x-request-id"}
+        self._request_field = LineMemo({*read, *unique, *self._request_captures}, unique).__getitem__
+        framing = (b"content-length", b"transfer-encoding", b"trailer")
+        self._response_lines = LineMemo((*framing, *self._response_captures))
+        self._response_field = self._response_lines.__getitem__
+        self._server_targets: dict[tuple[bytes, bytes | None], _Target] = {}
+        self._client_targets: dict[tuple[bytes, bytes | None], _Target] = {}
+        self._server_answers: dict[bytes, _Answer] = {}
+        self._client_answers: dict[bytes, _Answer] = {}
+        self._agents = Memo(lambda value: (("user_agent.original", syntax.text(value)),), MEMO_TARGETS)
+        self._statuses = Memo(syntax.read_status_line, MEMO_HEADS)
+        self._hosts = Memo(_read_host, MEMO_TARGETS)
+        self._addresses = Memo(_peer_pairs, MEMO_PEERS)
+        self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
+
+    def parse(self, exchange: Exchange) -> Call:
+        """Return the best knowledge of ``exchange``, provisional or final.
+
+        ``Call.complete``: the response is whole by RFC 9112 section 6.3; of a final record it is False exactly when
+        ``error.type`` says what cut it short. Where the response head was cut at the capture limit and the length stays
+        unknown, a provisional record is not complete, and a final one has the benefit of the doubt.
+
+        Raises ProtocolError for what is not HTTP/1: no_request, incomplete_request, binary_head, bad_request_line,
+        bad_header, bad_status_line.
+        """
+        request = exchange.request
+        flags = exchange.flags
+        end = request.find(b"\r\n\r\n")
+        lines = request[:end].split(b"\r\n")
+        request_line = lines.pop(0)
+        try:
+            if end < 0 or not request_line or b"\n" in request_line:
+                raise UnusualLineEnd
+            found = [*filter(None, map(self._request_field, lines))]
+            request_head_bytes = end + 4
+        except UnusualLineEnd:
+            lines, request_head_bytes = _request_lines(request, flags)
+            request_line = lines.pop(0)
+            found = [*filter(None, map(self._request_field, lines))]
+        fields: _Fields = dict(found)
+        if len(fields) != len(found):
+            fields = _merge(found)
+        captured = _captured(self._request_captures, fields, self._redactor) if self._request_captures else ()
+
+        host = fields.pop(b"host", None)
+        agent = fields.pop(b"user-agent", None)
+        peer, client, peer_address = self._addresses[exchange.remote_address]
+        if exchange.role == _SERVER:
+            target = self._server_targets.get((request_line, host)) or self._server_target(request_line, host)
+            answers = self._server_answers
+        else:
+            target = self._client_targets.get((request_line, host)) or self._client_target(
+                request_line, host, peer_address, exchange.remote_port
+            )
+            client = ()
+            answers = self._client_answers
+        attributes, name, meaning = target
+
+        body: Attributes = ()
+        request_id = ""
+        context: TraceContext | None = None
+        others: tuple[TraceContext, ...] = ()
+        if fields:
+            if client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
+                forwarded = syntax.read_forwarded(
+                    syntax.first(fields.get(b"forwarded")), syntax.first(fields.get(b"x-forwarded-for"))
+                )
+                if forwarded:
+                    client = (("client.address", forwarded),)
+            if 0 < request_head_bytes < exchange.request_bytes:
+                body = _request_body_size(fields, exchange.request_bytes - request_head_bytes)
+            known_id = fields.pop(b"x-request-id", None)
+            if known_id is not None:
+                request_id = syntax.text(syntax.first(known_id)[:REQUEST_ID_BYTES])
+            if not self._context_names.isdisjoint(fields):
+                context, others = self._extract(fields)
+
+        response = exchange.response
+        end = response.find(b"\r\n\r\n")
+        answer = answers.get(response[:end]) if end > 0 else None
+        if answer is not None:
+            response_head_bytes = end + 4
+        elif response:
+            answer, response_head_bytes = self._read_answer(response, end, answers)
+        else:
+            answer, response_head_bytes = _NO_ANSWER, 0
+        status, framing, length, answered, error = answer
+
+        if framing is _LENGTH and response_head_bytes and not meaning:
+            whole = exchange.response_bytes - response_head_bytes >= length
+        else:
+            whole = is_whole(exchange, meaning, status, framing, length, response_head_bytes)
+        if whole:
+            if response_head_bytes and framing <= _LENGTH and not meaning and exchange.end != _HANDED_OVER:
+                if framing is not _LENGTH:
+                    length = exchange.response_bytes - response_head_bytes
+                body = (*body, ("http.response.body.size", length))
+        elif exchange.end > _QUIET and not error:
+            answered = (*answered, failure(exchange.role, exchange.end, flags))
+            error = True
+
+        port = (self._ports[exchange.remote_port],) if peer else ()
+        agent = self._agents[agent] if agent is not None else ()
+        attributes = (*attributes, *peer, *port, *client, *agent, *answered, *body, *captured)
+        if not request_head_bytes:
+            attributes += _HEAD_TRUNCATED
+        return Call(name, attributes, error, context, others, request_id, whole)
+
+    def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
+        method, target, version = syntax.read_request_line(request_line)
+        scheme, authority, path, query = syntax.read_target(method, target)
+        known, name, route = self._method_and_route(method, path)
+        scheme = scheme or "http"
+        attributes = [*known, ("url.path", path), ("url.scheme", scheme)]
+        if query:
+            attributes.append(("url.query", self._redactor.query(query)))
+        if route is not None:
+            attributes.append(("http.route", route))
+        attributes.append(("network.protocol.version", version))
+        server = syntax.read_authority(authority.rpartition("@")[2]) if authority else self._hosts[host or b""][0]
+        if server is not None:
+            attributes.append(("server.address", server[0]))
+            attributes.append(("server.port", server[1] or _DEFAULT_PORTS.get(scheme, 80)))
+        result = tuple(attributes), name, METHOD_MEANING.get(method, 0)
+        _remember(self._server_targets, request_line, host, result)
+        return result
+
+    def _client_target(self, request_line: bytes, host: bytes | None, peer_address: str, peer_port: int) -> _Target:
+        method, target, version = syntax.read_request_line(request_line)
+        scheme, authority, path, query = syntax.read_target(method, target)
+        known, name, _ = self._method_and_route(method, path)
+        scheme = scheme or "http"
+        if authority:
+            server = syntax.read_authority(authority.rpartition("@")[2])
+            authority = redaction.redact_credentials("//" + authority)
+        else:
+            server, authority = self._hosts[host or b""]
+        unnamed = server is None
+        if unnamed:
+            # Only what the kernel saw is left: the address and port of the other end.
+            bracketed = f"[{peer_address}]" if ":" in peer_address else peer_address
+            authority = f"//{bracketed}" if peer_port in (0, 80) else f"//{bracketed}:{peer_port}"
+            server = peer_address, peer_port
+        # RFC 9112 section 3.3: the URL of asterisk-form and authority-form has neither path nor query.
+        url = f"{scheme}:{authority}{'' if path == '*' else path}"
+        if query:
+            url = f"{url}?{self._redactor.query(query)}"
+        attributes = (
+            *known,
+            ("server.address", server[0]),
+            ("server.port", server[1] or _DEFAULT_PORTS.get(scheme, 80)),
+            ("url.full", url),
+            ("network.protocol.version", version),
+        )
+        result = attributes, name, METHOD_MEANING.get(method, 0)
+        if not unnamed:
+            _remember(self._client_targets, request_line, host, result)
+        return result
+
+    def _method_and_route(self, method: bytes, path: str) -> tuple[Attributes, str, str | None]:
+        """Return the method's attributes, the span name, and the configured route or None."""
+        original = method.decode()
+        if method in KNOWN_METHODS:
+            attributes: Attributes = (("http.request.method", original),)
+            name = original
+        else:
+            attributes = (("http.request.method", "_OTHER"), ("http.request.method_original", original))
+            name = "HTTP"
+        route = self._routes.match(original, path)
+        template = route if route is not None or not self._guess_routes else routes.guess(path)
+        return attributes, f"{name} {template}" if template else name, route
+
+    def _read_answer(self, response: bytes, end: int, answers: dict[bytes, _Answer]) -> tuple[_Answer, int]:
+        """Read the final response head; ``end`` is where its first CRLFCRLF was found, or -1.
+
+        Returns the answer and the bytes up to the end of its head, 0 when the head's end is not there.
+        """
+        if end <= 0:
+            return self._read_unusual_answer(response, answers)
+        lines = response[:end].split(b"\r\n")
+        status_line = lines.pop(0)
+        secrets = self._response_lines.passed_over
+        try:
+            if not status_line or b"\n" in status_line:
+                raise UnusualLineEnd
+            status = self._statuses[status_line]
+            if status < 200 and status != 101:
+                return self._read_unusual_answer(response, answers)
+            found = [*filter(None, map(self._response_field, lines))]
+        except UnusualLineEnd:
+            return self._read_unusual_answer(response, answers)
+        answer = self._answer(status, found, answers)
+        if end <= MEMO_HEAD_BYTES and secrets == self._response_lines.passed_over:
+            if len(answers) >= MEMO_HEADS:
+                answers.clear()
+            answers[response[:end]] = answer
+        return answer, end + 4
+
+    def _read_unusual_answer(self, response: bytes, answers: dict[bytes, _Answer]) -> tuple[_Answer, int]:
+        """Like _read_answer for bare LF, a head that was cut, and interim heads in front (RFC 9110 section 15.2)."""
+        start = 0
+        while start < len(response):
+            end = syntax.find_head_end(response, start)
+            lines = syntax.split_lines(response[start : end if end > 0 else None])
+            if not lines:
+                status = syntax.read_status_prefix(response[start:])
+                return (_NO_ANSWER if status < 200 and status != 101 else self._answer(status, [], answers)), 0
+            status = syntax.read_status_line(lines.pop(0))
+            if status >= 200 or status == 101:
+                found = [*filter(None, map(self._response_field, lines))]
+                return self._answer(status, found, answers), max(end, 0)
+            if end < 0:
+                break
+            start = end
+        return _NO_ANSWER, 0
+
+    def _answer(self, status: int, found: list[tuple[bytes, bytes]], answers: dict[bytes, _Answer]) -> _Answer:
+        fields = _merge(found)
+        framing, length = syntax.read_framing(fields)
+        if status in (101, 204, 304):
+            framing = Framing.EMPTY
+        error = status >= (500 if answers is self._server_answers else 400)
+        attributes: Attributes = (("http.response.status_code", status),)
+        if error:
+            attributes += (("error.type", str(status)),)
+        if self._response_captures:
+            attributes += _captured(self._response_captures, fields, self._redactor)
+        return status, framing, length, attributes, error
+
+
+def _request_lines(request: bytes, flags: int) -> tuple[list[bytes], int]:
+    """Split an unusual request head: bare LF, blank lines in front (RFC 9112 section 2.2), or cut at the capture limit.
+
+    Returns the lines and the bytes up to the end of the head, 0 for a head that was cut.
+    """
+    stripped = request.lstrip(b"\r\n")
+    if not stripped:
+        raise ProtocolError("no_request")
+    end = syntax.find_head_end(stripped)
+    if end > 0:
+        return syntax.split_lines(stripped[:end]), len(request) - len(stripped) + end
+    lines = syntax.split_lines(stripped)
+    syntax.read_request_line(lines[0] if lines else stripped)
+    if not lines or not flags & _REQUEST_CUT:
+        raise ProtocolError("incomplete_request")
+    return lines, 0
+
+
+def _merge(found: list[tuple[bytes, bytes]]) -> _Fields:
+    """Collect repeated fields into lists, in order; of Host and User-Agent the first counts."""
+    fields: _Fields = {}
+    for name, value in found:
+        earlier = fields.get(name)
+        if earlier is None:
+            fields[name] = value
+        elif isinstance(earlier, list):
+            earlier.append(value)
+        elif name not in (b"host", b"user-agent"):
+            fields[name] = [earlier, value]
+    return fields
+
+
+def _remember(
+    targets: dict[tuple[bytes, bytes | None], _Target], line: bytes, host: bytes | None, value: _Target
+) -> None:
+    if len(line) <= MEMO_TARGET_BYTES and (host is None or len(host) <= MEMO_LINE_BYTES):
+        if len(targets) >= MEMO_TARGETS:
+            targets.clear()
+        targets[line, host] = value
+
+
+def _captures(prefix: str, names: Iterable[str]) -> dict[bytes, str]:
+    """Header name as it is compared -> attribute name."""
+    return {name.encode("latin-1", "replace"): prefix + name for name in names}
+
+
+def _captured(captures: dict[bytes, str], fields: _Fields, redactor: redaction.QueryRedactor) -> Attributes:
+    attributes = []
+    for name, key in captures.items():
+        value = fields.get(name)
+        if value is not None:
+            values = map(syntax.text, value if isinstance(value, list) else (value,))
+            attributes.append((key, tuple(map(redactor.url, values) if name in _URL_HEADERS else values)))
+    return tuple(attributes)
+
+
+def _read_host(host: bytes) -> tuple[tuple[str, int | None] | None, str]:
+    """Return (host and port, "//" and the value) of a Host field; (None, "") when it is absent or malformed."""
+    value = syntax.text(host)
+    server = syntax.read_authority(value)
+    return (server, "//" + value) if server is not None else (None, "")
+
+
+def _peer_pairs(address: bytes) -> tuple[Attributes, Attributes, str]:
+    """Return network.peer.address, client.address, and the text of a 16-byte address; empty when it is unspecified."""
+    if len(address) != 16 or not any(address):
+        return (), (), ""
+    if address.startswith(b"\0\0\0\0\0\0\0\0\0\0\xff\xff"):  # RFC 4291 section 2.5.5.2
+        shown = inet_ntop(AF_INET, address[12:])
+    else:
+        shown = inet_ntop(AF_INET6, address)
+    return (("network.peer.address", shown),), (("client.address", shown),), shown
+
+
+def _request_body_size(fields: _Fields, body_bytes: int) -> Attributes:
+    """Chunked framing and bytes that no field announces are no body size."""
+    framing, length = syntax.read_framing(fields)
+    return (("http.request.body.size", min(length, body_bytes)),) if framing is _LENGTH and length else ()

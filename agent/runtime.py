@@ -1,0 +1,257 @@
+"""``spanloom run``: builds the stages from the configuration, runs them until a signal, and shuts them down in order.
+
+In: a Config. Out: an exit code. Everything that is expected to fail raises an error of ``agent.errors``.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+
+from agent import __version__
+from agent.config import Config
+from agent.console import JsonConsole, TreeConsole
+from agent.errors import ExportError
+from agent.kernel.capture import Capture, CaptureSettings
+from agent.kernel.records import Decoder
+from agent.metrics import metric_sources
+from agent.model import Span
+from agent.otlp.batch import Batcher
+from agent.otlp.exporter import OtlpExporter
+from agent.otlp.settings import ExporterSettings
+from agent.pipeline import Pipeline, Sink
+from agent.process import ProcessTable, Selector
+from agent.propagation import Extractor
+from agent.protocols import PROTOCOLS
+from agent.sampling import Sampler
+from agent.stitch import Stitcher
+from agent.telemetry import Telemetry, configure_logging, event
+
+_log = logging.getLogger("spanloom.runtime")
+
+SHUTDOWN_SECONDS = 4.0
+"""How long the exporter may take for the last batches: with the rest of the shutdown this stays below 5 s."""
+
+
+class ConsoleSink:
+    """Prints spans. Nothing waits here that counts as in flight: printing is the end of a span's way."""
+
+    waiting = 0
+
+    def __init__(self, console: TreeConsole | JsonConsole, processes: ProcessTable) -> None:
+        self._console = console
+        self._processes = processes
+
+    def write(self, spans: Sequence[Span], now_ns: int) -> None:
+        lookup = self._processes.lookup
+        self._console.write((span, lookup(*span.process_key)) for span in spans)
+
+    def tick(self, now_ns: int) -> None:
+        if isinstance(self._console, TreeConsole):
+            self._console.tick()
+
+    def flush(self) -> None:
+        if isinstance(self._console, TreeConsole):
+            self._console.flush()
+
+
+class Agent:
+    """All stages, put together. ``step()`` runs them once; ``run()`` until ``stop()``."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self._stopping = False
+        self._attached = False
+        self._stepped_at = time.monotonic()
+        self.exporter = _exporter(config)
+        self.capture = Capture(_capture_settings(config))
+        try:
+            self._build(config)
+        except BaseException:
+            self.capture.close()
+            raise
+
+    def _build(self, config: Config) -> None:
+        own_tgid = os.getpid()
+        self.processes = ProcessTable(
+            host_name=socket.gethostname(),
+            extra_attributes=tuple(config.resource.attributes.items()),
+            max_processes=config.limits.processes,
+            version=__version__,
+        )
+        self.extractor = Extractor(config.propagation.formats)
+        self.stitcher = Stitcher(
+            Sampler(config.sampling.ratio, config.sampling.parent_based),
+            threads_interleave=lambda process: self.pipeline.threads_interleave(process),
+            hold_ns=int(config.stitching.hold_seconds * 1e9),
+            hold_spans=config.stitching.hold_spans,
+        )
+        sinks: list[Sink] = []
+        self.batcher = None
+        if self.exporter is not None:
+            self.batcher = Batcher(
+                self.exporter,
+                lambda process: self.processes.lookup(*process).resource,
+                max_spans=config.export.batch.max_spans,
+                max_delay_ns=int(config.export.batch.max_delay_seconds * 1e9),
+            )
+            sinks.append(self.batcher)
+        console = _console(config, self.exporter is not None)
+        if console is not None:
+            sinks.append(ConsoleSink(console, self.processes))
+        self.pipeline = Pipeline(
+            source=self.capture,
+            decoder=Decoder(self.capture.layout),
+            protocols=[
+                protocol(
+                    extractor=self.extractor,
+                    request_headers=config.capture.request_headers,
+                    response_headers=config.capture.response_headers,
+                    allow_secret_headers=config.capture.dangerously_allow_secret_headers,
+                    redact_query_keys=config.redaction.query_keys,
+                    route_patterns=config.routes.patterns,
+                    guess_routes=config.routes.guess,
+                )
+                for protocol in PROTOCOLS
+            ],
+            processes=self.processes,
+            selector=Selector(config.select.executables.include, config.select.executables.exclude, own_tgid),
+            stitcher=self.stitcher,
+            sinks=sinks,
+            on_process=lambda info: self.batcher.forget_resource(info.key) if self.batcher else None,
+            max_pending=config.limits.connections,
+            max_processes=config.limits.processes * 2,
+            pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
+        )
+        self.telemetry = Telemetry(metric_sources(self), is_ready=self.is_ready, is_healthy=self.is_healthy)
+
+    def start(self) -> None:
+        """Open the telemetry endpoint and attach the probes."""
+        if self.config.telemetry.listen is not None:
+            self.telemetry.start(self.config.telemetry.listen)
+        self.capture.attach([os.getpid()])
+        self._attached = True
+        event(_log, "probes_attached", programs=len(self.capture.statistics()))
+
+    def is_ready(self) -> bool:
+        """True while the probes are attached."""
+        return self._attached
+
+    def is_healthy(self) -> bool:
+        """True while the loop turns."""
+        return time.monotonic() - self._stepped_at < 30.0
+
+    def stop(self, *_: int | FrameType | None) -> None:
+        """End ``run()`` soon. Usable as a signal handler."""
+        self._stopping = True
+
+    def run(self) -> None:
+        """Run until ``stop()``."""
+        kernel = self.config.kernel
+        sweep_ns, next_sweep_ns = int(kernel.sweep_seconds * 1e9), 0
+        while not self._stopping:
+            self.capture.wait(kernel.poll_seconds)
+            self._stepped_at = time.monotonic()
+            now_ns = time.monotonic_ns()
+            self.stitcher.clock_offset_ns = time.time_ns() - now_ns
+            if now_ns >= next_sweep_ns:
+                self.pipeline.sweep(now_ns)
+                # A sweep over very many connections may take long: it gets a tenth of the time at most.
+                next_sweep_ns = now_ns + max(sweep_ns, 10 * (time.monotonic_ns() - now_ns))
+            else:
+                self.pipeline.run_once(now_ns)
+
+    def close(self) -> None:
+        """Stop capturing, export what is complete, release everything. Takes less than 5 s."""
+        try:
+            if self._attached:
+                self._attached = False
+                self.capture.detach()
+                self.capture.hasten()
+                now_ns = time.monotonic_ns()
+                self.pipeline.sweep(now_ns)
+                self.pipeline.finish(now_ns)
+        finally:
+            if self.exporter is not None:
+                self.exporter.close(SHUTDOWN_SECONDS)
+            books = self.pipeline.books()
+            event(
+                _log,
+                "stopped",
+                begun=books.begun,
+                handed_over=books.handed_over,
+                sampled_out=books.sampled_out,
+                dropped=sum(books.dropped.values()),
+                in_flight=books.in_flight,
+            )
+            self.telemetry.stop()
+            self.capture.close()
+
+
+def run(config: Config) -> int:
+    """Run the agent until SIGTERM or SIGINT. Returns the exit code; raises errors of ``agent.errors``."""
+    configure_logging(config.telemetry.log_level, config.telemetry.log_format)
+    agent = Agent(config)
+    try:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, agent.stop)
+        agent.start()
+        # Records are made without collector tracking; what remains is long-lived, and scanning it would only cost.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
+        agent.run()
+    except ExportError as error:
+        if error.reason != "console_closed":
+            raise
+    finally:
+        agent.close()
+    return 0
+
+
+def _capture_settings(config: Config) -> CaptureSettings:
+    return CaptureSettings(
+        request_head_bytes=config.capture.request_head_bytes,
+        response_head_bytes=config.capture.response_head_bytes,
+        connections=config.limits.connections,
+        processes=config.limits.processes,
+        ring_buffer_bytes=config.kernel.ring_buffer_bytes,
+        exchange_timeout_seconds=config.limits.exchange_timeout_seconds,
+        ports_include=tuple(config.select.ports.include),
+        ports_exclude=tuple(config.select.ports.exclude),
+    )
+
+
+def _exporter(config: Config) -> OtlpExporter | None:
+    otlp = config.export.otlp
+    if otlp.endpoint is None:
+        return None
+    return OtlpExporter(
+        ExporterSettings(
+            endpoint=otlp.endpoint,
+            headers=dict(otlp.headers),
+            compression=otlp.compression,
+            timeout_seconds=otlp.timeout_seconds,
+            insecure=bool(otlp.insecure),
+            certificate=otlp.certificate,
+            client_key=otlp.client_key,
+            client_certificate=otlp.client_certificate,
+            queue_spans=config.export.queue_spans,
+        )
+    )
+
+
+def _console(config: Config, exports: bool) -> TreeConsole | JsonConsole | None:
+    choice = config.export.console
+    if choice == "auto":
+        choice = "off" if exports else "tree" if sys.stdout.isatty() else "json"
+    if choice == "tree":
+        return TreeConsole(sys.stdout)
+    return JsonConsole(sys.stdout) if choice == "json" else None

@@ -1,0 +1,443 @@
+"""Who called whom: exchanges become spans with trace ids, parents and links.
+
+In: exchanges with what their protocol read from them, in any order, and watermarks. Out: spans, each exactly once.
+Never guesses: where more than one parent is possible the span gets none.
+
+A server exchange S and a client exchange C are related in five ways (DESIGN.md, "Stitching"):
+
+1. C carries S's own inbound context: parent of C is S ("forwarded"); the server that C calls gets C ("peer").
+2. C carries S's trace and another id, which an SDK made: that id is the parent ("header").
+3. C carries another trace: the header wins ("header"), and a link to S records the causality.
+4. C carries nothing: the kernel's parent by thread ("thread"); trace ids are inherited along all edges.
+5. Neither: the one server exchange in flight in the process with the same trace id ("trace_id"), or the same
+   x-request-id ("request_id").
+
+What an exchange depends on may arrive after it. It waits for the record it needs, or until the watermark says that no
+record of an earlier beginning is to come: after that everything that could matter is known. The wait is bounded by
+``hold_ns`` in time and ``hold_spans`` in number; what had to leave early is counted.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+
+import msgspec
+
+from agent.model import Attributes, Call, Exchange, Flag, Role, Span, SpanKind, SpanLink, TraceContext
+from agent.sampling import Sampler
+
+ProcessKey = tuple[int, int]
+
+_CLIENT_ONLY = int(Flag.CLIENT_ONLY)
+_SERVER = int(Role.SERVER)
+_KINDS = {int(Role.SERVER): int(SpanKind.SERVER), int(Role.CLIENT): int(SpanKind.CLIENT)}
+_CAUSE: Attributes = (("spanloom.link.reason", "served_exchange"),)
+_OTHER_CONTEXT: Attributes = (("spanloom.link.reason", "other_context"),)
+
+
+class _Trace(msgspec.Struct, frozen=True, gc=False):
+    trace_id: bytes
+    sampled: bool
+    trace_state: str
+
+
+class _Node(msgspec.Struct, gc=False, weakref=False):
+    """One exchange while it may still matter to others.
+
+    ``target_id`` is the exchange that the kernel named: a server's peer, a client's parent. ``trace`` is None until the
+    exchange has been placed in its trace; ``exchange`` and ``call`` are let go once its span was made.
+    """
+
+    exchange_id: int
+    role: int
+    process: ProcessKey
+    start_ns: int
+    end_ns: int
+    flags: int
+    target_id: int
+    context: TraceContext | None
+    request_id: str
+    finished: bool
+    exchange: Exchange | None
+    call: Call | None
+    trace: _Trace | None = None
+    parent: bytes = b""
+    method: str = ""
+    links: tuple[SpanLink, ...] = ()
+    waiters: list | None = None
+
+
+class Stitcher:
+    """Places exchanges in traces.
+
+    ``threads_interleave(process)`` tells whether a process runs several requests on one thread in a way that the
+    kernel cannot see (goroutines, event loops): the kernel's parent is not used there.
+    """
+
+    def __init__(
+        self,
+        sampler: Sampler,
+        *,
+        threads_interleave: Callable[[ProcessKey], bool] = lambda process: False,
+        hold_ns: int = 5_000_000_000,
+        hold_spans: int = 50_000,
+        random_bytes: Callable[[int], bytes] = os.urandom,
+    ) -> None:
+        self._keeps = sampler.keeps
+        self._threads_interleave = threads_interleave
+        self._hold_ns = hold_ns
+        self._hold_spans = hold_spans
+        self._random_bytes = random_bytes
+        self._random = b""
+        self._random_position = 0
+        self._spans: list[Span] = []
+        # Exchanges that others may still refer to, in two generations that are swapped as the watermark moves: an entry
+        # lives for one to two generations. Bound: the spans of that time, 2 * _GENERATION_NODES at most.
+        self._recent: dict[int, _Node] = {}
+        self._previous: dict[int, _Node] = {}
+        self._generation_end_ns = 0
+        # Servers by (process, inbound trace id) and by (process, x-request-id), in the same generations.
+        self._served: dict[tuple[ProcessKey, bytes | str], list[_Node]] = {}
+        self._served_before: dict[tuple[ProcessKey, bytes | str], list[_Node]] = {}
+        self._servers: set[ProcessKey] = set()
+        self._migrating: set[ProcessKey] = set()
+        # Exchanges that could not be placed yet, oldest arrival first, and what an id that is not known is awaited by.
+        self._undecided: OrderedDict[int, _Node] = OrderedDict()
+        self._expected: dict[int, list[_Node]] = {}
+        self._announced: dict[int, _Node] = {}
+        self.held = 0
+        """Finished exchanges that wait for their place."""
+        self.sampled_out = 0
+        self.released_early = 0
+        """Exchanges placed before everything was known, because of the bounds."""
+        self.parents_lost = 0
+        """Exchanges whose parent or peer was named by the kernel and never arrived."""
+        self.ambiguous = 0
+        """Client exchanges left without a parent because several were possible."""
+        self.clock_offset_ns = 0
+        """Unix time minus CLOCK_MONOTONIC; set by the pipeline."""
+
+    # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
+    _GENERATION_NODES = 100_000
+    _GENERATION_NS = 500_000_000
+
+    def add(self, exchange: Exchange, call: Call) -> None:
+        """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known."""
+        exchange_id = exchange.exchange_id
+        if self._announced:
+            node = self._announced.pop(exchange_id, None)
+            if node is not None:
+                node.exchange = exchange
+                node.call = call
+                node.end_ns = exchange.response_end_ns
+                node.finished = True
+                if node.trace is None:
+                    self.held += 1
+                else:
+                    self._emit(node)
+                return
+        self._enter(_node(exchange, call, True), exchange)
+
+    def announce(self, exchange: Exchange, call: Call) -> None:
+        """Take what is known of an exchange that has not finished, so that others can refer to it."""
+        if exchange.exchange_id not in self._announced:
+            node = self._announced[exchange.exchange_id] = _node(exchange, call, False)
+            self._enter(node, exchange)
+
+    def advance(self, watermark_ns: int, now_ns: int) -> None:
+        """Decide what can be decided: every exchange that began before ``watermark_ns`` is known by now.
+
+        Both arguments are CLOCK_MONOTONIC nanoseconds.
+        """
+        overdue_ns = now_ns - self._hold_ns
+        for node in list(self._undecided.values()):
+            if node.start_ns < watermark_ns:
+                self._decide(node)
+            elif node.start_ns < overdue_ns or len(self._undecided) > self._hold_spans:
+                self.released_early += 1
+                self._decide(node)
+        if watermark_ns >= self._generation_end_ns or len(self._recent) > self._GENERATION_NODES:
+            # What refers to an exchange begins before it ends and is reported soon after; the watermark, unlike the
+            # clock, stands still while the pipeline is behind.
+            self._generation_end_ns = watermark_ns + self._GENERATION_NS
+            self._previous, self._recent = self._recent, {}
+            self._served_before, self._served = self._served, {}
+
+    def flush(self) -> None:
+        """Place everything that waits, with what is known now (shutdown)."""
+        while self._undecided:
+            self._decide(next(iter(self._undecided.values())))
+
+    def take(self) -> list[Span]:
+        """Hand out the spans made since the last call."""
+        spans, self._spans = self._spans, []
+        return spans
+
+    def forget_process(self, process: ProcessKey) -> None:
+        """Drop what is remembered of a process that ended."""
+        self._servers.discard(process)
+        self._migrating.discard(process)
+
+    def _enter(self, node: _Node, exchange: Exchange) -> None:
+        exchange_id = node.exchange_id
+        self._recent[exchange_id] = node
+        if node.role == _SERVER:
+            if exchange.response_tid and exchange.response_tid != exchange.request_tid:
+                self._migrating.add(node.process)
+            self._servers.add(node.process)
+            context = node.context
+            if context is not None:
+                self._served.setdefault((node.process, context.trace_id), []).append(node)
+            if node.request_id:
+                self._served.setdefault((node.process, node.request_id), []).append(node)
+            if node.target_id:
+                self._follow(node, node.target_id)
+            else:
+                self._place_by_header(node)
+        else:
+            self._enter_client(node)
+        if self._expected:
+            waiting = self._expected.pop(exchange_id, None)
+            if waiting is not None:
+                for waiter in waiting:
+                    self._follow(waiter, exchange_id)
+
+    def _enter_client(self, node: _Node) -> None:
+        is_lone = node.context is None and not node.target_id and not node.request_id
+        if is_lone or (node.flags & _CLIENT_ONLY and node.process not in self._servers):
+            self._place_by_header(node)
+        elif node.target_id and self._trusts_threads(node.process):
+            self._follow(node, node.target_id)
+        else:
+            self._postpone(node)
+
+    def _trusts_threads(self, process: ProcessKey) -> bool:
+        return process not in self._migrating and not self._threads_interleave(process)
+
+    def _find(self, exchange_id: int) -> _Node | None:
+        return self._recent.get(exchange_id) or self._previous.get(exchange_id)
+
+    def _postpone(self, node: _Node) -> None:
+        exchange_id = node.exchange_id
+        if exchange_id not in self._undecided:
+            self._undecided[exchange_id] = node
+            if node.finished:
+                self.held += 1
+
+    def _follow(self, node: _Node, target_id: int) -> None:
+        """Place a node by the exchange that the kernel named, when that is known and placed; else wait for it."""
+        if node.trace is not None:
+            return
+        target = self._find(target_id)
+        if target is None:
+            self._expected.setdefault(target_id, []).append(node)
+            self._postpone(node)
+        elif target.trace is None:
+            if target.waiters is None:
+                target.waiters = []
+            target.waiters.append(node)
+            self._postpone(node)
+        elif node.role == _SERVER:
+            self._place(node, target.trace, _id_bytes(target_id), "peer")
+        else:
+            self._place_client_of(node, target)
+
+    def _place_client_of(self, node: _Node, served: _Node) -> None:
+        """Place a client exchange whose thread was serving ``served`` (rules 1 to 4)."""
+        context, inbound = node.context, served.context
+        if not self._trusts_threads(node.process):
+            self._postpone(node)
+        elif context is None:
+            self._place(node, served.trace, _id_bytes(served.exchange_id), "thread")
+        elif inbound is not None and inbound.trace_id == context.trace_id and inbound.span_id == context.span_id:
+            self._place(node, served.trace, _id_bytes(served.exchange_id), "forwarded")
+        elif inbound is not None and inbound.trace_id == context.trace_id and context.span_id is not None:
+            self._place_by_header(node)
+        else:
+            self._postpone(node)  # the trace of another exchange of this process, or a foreign one
+
+    def _decide(self, node: _Node) -> None:
+        """Place a node with what is known: nothing more is to come."""
+        if node.exchange_id not in self._undecided:
+            return
+        target_id = node.target_id
+        if node.role != _SERVER and not self._trusts_threads(node.process):
+            target_id = 0
+        target = self._find(target_id) if target_id else None
+        if target is not None and target.trace is None:
+            self._decide(target)  # an earlier exchange of the same component: parents begin before their children
+            if node.trace is not None:
+                return
+        if target_id and target is None:
+            self.parents_lost += 1
+            waiting = self._expected.get(target_id)
+            if waiting is not None:
+                waiting.remove(node)
+                if not waiting:
+                    del self._expected[target_id]
+        if node.role == _SERVER:
+            if target is not None and target.trace is not None:
+                self._place(node, target.trace, _id_bytes(target_id), "peer")
+            else:
+                self._place_by_header(node)
+            return
+        if target is not None and target.trace is None:
+            target = None
+        if node.context is not None:
+            self._decide_client_with_context(node, node.context, target)
+        elif target is not None:
+            self._place(node, target.trace, _id_bytes(target_id), "thread")
+        else:
+            self._decide_by_request_id(node)
+
+    def _decide_client_with_context(self, node: _Node, context: TraceContext, served: _Node | None) -> None:
+        same_trace = list(self._candidates(node, context.trace_id))
+        same_parent = [one for one in same_trace if one.context is not None and one.context.span_id == context.span_id]
+        if same_parent:
+            self._place_in_one_of(node, same_parent, served, "forwarded", context)
+        elif context.span_id is None and same_trace:
+            self._place_in_one_of(node, same_trace, served, "trace_id", context)
+        else:
+            links = ()
+            if served is not None and served.trace is not None and served.trace.trace_id != context.trace_id:
+                trace = served.trace
+                links = (SpanLink(trace.trace_id, _id_bytes(served.exchange_id), trace.trace_state, _CAUSE),)
+            self._place_by_header(node, links)
+
+    def _place_in_one_of(
+        self, node: _Node, candidates: list[_Node], served: _Node | None, method: str, context: TraceContext
+    ) -> None:
+        start_ns = node.start_ns
+        in_flight = [one for one in candidates if not one.finished or one.end_ns >= start_ns]
+        if in_flight:
+            candidates = in_flight
+        if served is not None and served in candidates:
+            candidates = [served]
+        elif len(candidates) > 1 and node.request_id:
+            candidates = [one for one in candidates if one.request_id == node.request_id] or candidates
+        if len(candidates) == 1:
+            parent = candidates[0]
+            if parent.trace is None:
+                self._decide(parent)
+            if parent.trace is not None:
+                self._place(node, parent.trace, _id_bytes(parent.exchange_id), method)
+                return
+        self.ambiguous += 1
+        self._place(node, self._trace_of(context), b"", "ambiguous")
+
+    def _decide_by_request_id(self, node: _Node) -> None:
+        start_ns = node.start_ns
+        request_id = node.request_id
+        candidates = [
+            one
+            for one in (self._candidates(node, request_id) if request_id else ())
+            if not one.finished or one.end_ns >= start_ns
+        ]
+        if len(candidates) == 1:
+            parent = candidates[0]
+            if parent.trace is None:
+                self._decide(parent)
+            if parent.trace is not None:
+                self._place(node, parent.trace, _id_bytes(parent.exchange_id), "request_id")
+                return
+        elif candidates:
+            self.ambiguous += 1
+        self._place_by_header(node)
+
+    def _candidates(self, node: _Node, key: bytes | str) -> Iterator[_Node]:
+        """Server exchanges of the same process with the same trace id or request id that began before the node."""
+        start_ns = node.start_ns
+        for served in (self._served, self._served_before):
+            for one in served.get((node.process, key), ()):
+                if one.start_ns <= start_ns:
+                    yield one
+
+    def _trace_of(self, context: TraceContext) -> _Trace:
+        return _Trace(context.trace_id, self._keeps(context.trace_id, context.sampled), context.trace_state)
+
+    def _place_by_header(self, node: _Node, links: tuple[SpanLink, ...] = ()) -> None:
+        context = node.context
+        if context is None:
+            trace_id = self._new_trace_id()
+            self._place(node, _Trace(trace_id, self._keeps(trace_id, None), ""), b"", "", links)
+        else:
+            self._place(node, self._trace_of(context), context.span_id or b"", "header", links)
+
+    def _new_trace_id(self) -> bytes:
+        position = self._random_position
+        if position >= len(self._random):
+            self._random = self._random_bytes(16 * 256)
+            position = 0
+        self._random_position = position + 16
+        return self._random[position : position + 16]
+
+    def _place(self, node: _Node, trace: _Trace, parent: bytes, method: str, links: tuple[SpanLink, ...] = ()) -> None:
+        node.trace = trace
+        node.parent = parent
+        node.method = method
+        node.links = links
+        if self._undecided and self._undecided.pop(node.exchange_id, None) is not None and node.finished:
+            self.held -= 1
+        if node.finished:
+            self._emit(node)
+        waiters = node.waiters
+        if waiters is not None:
+            node.waiters = None
+            for waiter in waiters:
+                self._follow(waiter, node.exchange_id)
+
+    def _emit(self, node: _Node) -> None:
+        trace, exchange, call = node.trace, node.exchange, node.call
+        node.exchange = node.call = None
+        if not trace.sampled:
+            self.sampled_out += 1
+            return
+        offset_ns = self.clock_offset_ns
+        links = node.links
+        if call.other_contexts:
+            links += tuple(
+                SpanLink(other.trace_id, other.span_id, other.trace_state, _OTHER_CONTEXT)
+                for other in call.other_contexts
+                if other.span_id is not None
+            )
+        self._spans.append(
+            Span(
+                trace.trace_id,
+                node.exchange_id.to_bytes(8, "big"),
+                node.parent,
+                trace.trace_state,
+                call.name,
+                _KINDS[node.role],
+                node.start_ns + offset_ns,
+                (exchange.response_end_ns or exchange.end_ns) + offset_ns,
+                call.attributes,
+                call.error,
+                links,
+                node.method,
+                True,
+                node.process,
+            )
+        )
+
+
+def _node(exchange: Exchange, call: Call, finished: bool) -> _Node:
+    return _Node(
+        exchange.exchange_id,
+        exchange.role,
+        (exchange.tgid, exchange.process_start_ns),
+        exchange.request_start_ns,
+        exchange.response_end_ns,
+        exchange.flags,
+        exchange.peer_id if exchange.role == _SERVER else exchange.parent_id,
+        call.context,
+        call.request_id,
+        finished,
+        exchange,
+        call,
+    )
+
+
+def _id_bytes(exchange_id: int) -> bytes:
+    return exchange_id.to_bytes(8, "big")
