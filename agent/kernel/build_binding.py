@@ -25,6 +25,8 @@ struct bpf_link *bpf_program__attach(const struct bpf_program *program);
 int bpf_link__destroy(struct bpf_link *link);
 int bpf_link__fd(const struct bpf_link *link);
 int bpf_map__fd(const struct bpf_map *map);
+int bpf_map__reuse_fd(struct bpf_map *map, int fd);
+int bpf_map_get_fd_by_id(uint32_t id);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t entries);
 int bpf_map__set_value_size(struct bpf_map *map, uint32_t bytes);
 void *bpf_map__initial_value(struct bpf_map *map, size_t *bytes);
@@ -32,6 +34,8 @@ int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t fla
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_delete_elem(int fd, const void *key);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
+int bpf_map_create(int type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries,
+                   const void *opts);
 int bpf_iter_create(int link_fd);
 int libbpf_num_possible_cpus(void);
 int libbpf_probe_bpf_prog_type(int type, const void *opts);
@@ -44,7 +48,8 @@ int spanloom_drain_wait(struct drain *drain, int timeout_ms);
 long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint32_t *offsets, size_t slots);
 size_t spanloom_drain_used(struct drain *drain);
 
-void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes);
+void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes,
+                        int map_fd);
 int spanloom_describe(struct bpf_object *object, const char *name, char *text, size_t bytes);
 struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bpf_map *map);
 int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, void *context, uint32_t context_bytes,
@@ -52,6 +57,9 @@ int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, vo
 
 struct program_statistics { uint64_t run_time_ns; uint64_t run_count; uint64_t misses; uint32_t verified_instructions; };
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
+struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
+long spanloom_btf_types(const char *path);
+long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
 long spanloom_bpf(int command, void *attributes, unsigned int bytes);
@@ -69,6 +77,7 @@ ffibuilder.set_source(
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
 
@@ -172,7 +181,11 @@ static long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint
 
 static size_t spanloom_drain_used(struct drain *drain) { return drain->used; }
 
-static void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes)
+/* The address of a global variable: before loading in libbpf's initial values, after it (`map_fd` given) in the map
+ * itself. The whole map is mapped once per call and stays mapped: callers keep the pointer for the object's lifetime.
+ */
+static void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes,
+                               int map_fd)
 {
     const struct btf *btf = bpf_object__btf(object);
     struct bpf_map *map = bpf_object__find_map_by_name(object, section);
@@ -185,6 +198,13 @@ static void *spanloom_variable(struct bpf_object *object, const char *section, c
     if (!map || id < 0)
         return NULL;
     start = bpf_map__initial_value(map, &size);
+    if (map_fd >= 0) {
+        size_t page = sysconf(_SC_PAGESIZE);
+
+        start = mmap(NULL, (size + page - 1) / page * page, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+        if (start == MAP_FAILED)
+            return NULL;
+    }
     datasec = btf__type_by_id(btf, id);
     info = btf_var_secinfos(datasec);
     for (int i = 0; start && i < btf_vlen(datasec); i++, info++) {
@@ -269,6 +289,36 @@ static int spanloom_program_statistics(int program_fd, struct program_statistics
     statistics->misses = info.recursion_misses;
     statistics->verified_instructions = info.verified_insns;
     return error;
+}
+
+/* Attaches to this process's calls of a function of a library or executable, whatever its offset. */
+static struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol)
+{
+    LIBBPF_OPTS(bpf_uprobe_opts, options, .func_name = symbol);
+
+    return bpf_program__attach_uprobe_opts(program, 0, path, 0, &options);
+}
+
+/* Parses BTF and returns the number of its types, or -errno. */
+static long spanloom_btf_types(const char *path)
+{
+    struct btf *btf = btf__parse(path, NULL);
+    long count;
+
+    if (!btf)
+        return -errno;
+    count = btf__type_cnt(btf);
+    btf__free(btf);
+    return count;
+}
+
+/* Bytes of machine code that the kernel made of a program: 0 when it interprets it; -errno. */
+static long spanloom_jited_bytes(int program_fd)
+{
+    struct bpf_prog_info info = {};
+    uint32_t length = sizeof(info);
+
+    return bpf_obj_get_info_by_fd(program_fd, &info, &length) ? -errno : (long)info.jited_prog_len;
 }
 
 static long spanloom_bpf(int command, void *attributes, unsigned int bytes)

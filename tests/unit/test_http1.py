@@ -672,7 +672,7 @@ def mentions(call: Call, secret: str) -> bool:
     end=st.sampled_from(End),
     cut=st.integers(0, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=50, deadline=None)
 def test_secrets_are_never_exported(name, capture, case, role, end, cut) -> None:
     """Whatever list of headers is configured, no value of a credential header gets into a call."""
     secret = "s3cr3tVALUE"
@@ -850,7 +850,7 @@ HEADISH = st.lists(
     address=st.binary(max_size=18),
     tail=st.binary(max_size=9),
 )
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 def test_hostile_records_raise_the_protocol_error_and_nothing_else(request, response, numbers, address, tail) -> None:
     """Whatever the bytes, the numbers and the flags: a call that can be encoded, or ProtocolError."""
     names = ("role", "end", "flags", "request_bytes", "response_bytes", "remote_port")

@@ -1,0 +1,1 @@
+"""What Spanloom costs, measured on the machine at hand: ``make bench``."""

@@ -1,0 +1,79 @@
+"""Fixtures of the end-to-end tests, and the check that there can be any.
+
+Where the kernel refuses the probes every test here fails with the agent's own message. Only ``SPANLOOM_SKIP_E2E=1``
+skips them, all of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.collector import Collector
+from tests.e2e.harness import AgentProcess, Process
+
+_HERE = Path(__file__).parent
+
+AgentFactory = Callable[..., AgentProcess]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if os.environ.get("SPANLOOM_SKIP_E2E") == "1":
+        for item in items:
+            if _HERE in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason="SPANLOOM_SKIP_E2E=1"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def probes_attach(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """The agent can trace this host at all. Its failure is the failure of every end-to-end test, with its message."""
+    with AgentProcess(tmp_path_factory.mktemp("probes"), None, settings={"export.console": "off"}):
+        pass
+
+
+@pytest.fixture
+def collector() -> Iterator[Collector]:
+    """A real OTLP collector in this process."""
+    with Collector() as running:
+        yield running
+
+
+@pytest.fixture
+def agent(tmp_path: Path, collector: Collector) -> Iterator[AgentFactory]:
+    """Starts agents that export to ``collector``: ``agent(ports=[...], settings={"a.b": value}, environment={...})``.
+
+    Each is stopped at the end of the test, and must end well.
+    """
+    with ExitStack() as stack:
+
+        def start(
+            ports: list[int] | tuple[int, ...] = (),
+            settings: Mapping[str, Any] | None = None,
+            environment: Mapping[str, str] | None = None,
+        ) -> AgentProcess:
+            return stack.enter_context(AgentProcess(tmp_path, collector, ports, settings, environment))
+
+        yield start
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
+    """Starts programs that end with the test and waits for their port: ``start(arguments, port=..., env=..., cwd=...)``."""
+    with ExitStack() as stack:
+        count = 0
+
+        def run(arguments: list[str | Path], *, port: int | None = None, **options: Any) -> Process:
+            nonlocal count
+            count += 1
+            log = tmp_path / f"process-{count}.log"
+            process = stack.enter_context(Process(arguments, log=log, **options))
+            if port is not None:
+                process.wait_for_port(port)
+            return process
+
+        yield run
