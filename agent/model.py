@@ -18,6 +18,19 @@ Attributes = tuple[tuple[str, AttributeValue], ...]
 """Ordered ``(key, value)`` pairs, hashable, so that encoders may cache by pair or by the whole tuple."""
 
 
+class AttributeGroup(tuple[tuple[str, AttributeValue], ...]):
+    """Attributes that are often exported together, made once and used again; equal and hashed by identity.
+
+    An encoder keeps the bytes it made of a group under the group itself, which costs one look-up instead of one per
+    attribute.
+    """
+
+    __slots__ = ()
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__  # type: ignore[assignment]
+    __ne__ = object.__ne__  # type: ignore[assignment]
+
+
 class SpanKind(IntEnum):
     """OTLP ``Span.SpanKind`` numbers (opentelemetry-proto, trace.proto)."""
 
@@ -183,7 +196,8 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     ``context`` is the first valid trace context of the request in the configured order, ``other_contexts`` those valid
     ones that disagree with it about the trace id. ``request_id`` is the ``x-request-id`` value or an empty string.
     ``complete`` is True when the response is whole by the protocol's own rules (Content-Length reached, last chunk
-    seen, no body allowed); False means that only the end of the connection or a later record can tell.
+    seen, no body allowed); False means that only the end of the connection or a later record can tell. ``groups`` is
+    either empty or holds the same attributes once more, in groups that encoders may cache.
     """
 
     name: str
@@ -193,6 +207,7 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     other_contexts: tuple[TraceContext, ...]
     request_id: str
     complete: bool
+    groups: tuple[AttributeGroup, ...] = ()
 
 
 class SpanLink(msgspec.Struct, frozen=True, gc=False):
@@ -210,7 +225,7 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     Ids are raw bytes (16, 8, 8); ``parent_span_id`` is empty for a root. Times are Unix nanoseconds. ``kind`` is a
     ``SpanKind`` number. ``link_method`` names how the parent was found and is exported as ``spanloom.link.method``;
     empty for a root without any context. ``sampled`` is the trace's decision (the exported ``flags`` low bit).
-    ``process_key`` selects the resource.
+    ``process_key`` selects the resource. ``groups``: see Call.
     """
 
     trace_id: bytes
@@ -227,3 +242,4 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     link_method: str
     sampled: bool
     process_key: tuple[int, int]
+    groups: tuple[AttributeGroup, ...] = ()

@@ -94,13 +94,13 @@ class Stitcher:
         self._random_position = 0
         self._spans: list[Span] = []
         # Exchanges that others may still refer to, in two generations that are swapped as the watermark moves: an entry
-        # lives for one to two generations. Bound: the spans of that time, 2 * _GENERATION_NODES at most.
+        # lives for one to two of the sweep's periods in calm. Bound: 2 * _GENERATION_NODES.
         self._recent: dict[int, _Node] = {}
         self._previous: dict[int, _Node] = {}
         self._generation_end_ns = 0
-        # Servers by (process, inbound trace id) and by (process, x-request-id), in the same generations.
-        self._served: dict[tuple[ProcessKey, bytes | str], list[_Node]] = {}
-        self._served_before: dict[tuple[ProcessKey, bytes | str], list[_Node]] = {}
+        # Servers by process and inbound trace id or x-request-id, in the same generations: a node, or a list of several.
+        self._served: dict[ProcessKey, _Index] = {}
+        self._served_before: dict[ProcessKey, _Index] = {}
         self._servers: set[ProcessKey] = set()
         self._migrating: set[ProcessKey] = set()
         # Exchanges that could not be placed yet, oldest arrival first, and what an id that is not known is awaited by.
@@ -120,8 +120,7 @@ class Stitcher:
         """Unix time minus CLOCK_MONOTONIC; set by the pipeline."""
 
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
-    _GENERATION_NODES = 100_000
-    _GENERATION_NS = 500_000_000
+    _GENERATION_NODES = 50_000
 
     def add(self, exchange: Exchange, call: Call) -> None:
         """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known."""
@@ -159,9 +158,9 @@ class Stitcher:
                 self.released_early += 1
                 self._decide(node)
         if watermark_ns >= self._generation_end_ns or len(self._recent) > self._GENERATION_NODES:
-            # What refers to an exchange begins before it ends and is reported soon after; the watermark, unlike the
-            # clock, stands still while the pipeline is behind.
-            self._generation_end_ns = watermark_ns + self._GENERATION_NS
+            # What refers to an exchange begins before it ends. The older generation had ended when the younger one was
+            # begun, and of everything that began before that a record has been seen: nobody refers to it any more.
+            self._generation_end_ns = now_ns
             self._previous, self._recent = self._recent, {}
             self._served_before, self._served = self._served, {}
 
@@ -186,12 +185,19 @@ class Stitcher:
         if node.role == _SERVER:
             if exchange.response_tid and exchange.response_tid != exchange.request_tid:
                 self._migrating.add(node.process)
-            self._servers.add(node.process)
+            served = self._served.get(node.process)
+            if served is None:
+                self._servers.add(node.process)
+                served = self._served[node.process] = {}
             context = node.context
             if context is not None:
-                self._served.setdefault((node.process, context.trace_id), []).append(node)
+                earlier = served.setdefault(context.trace_id, node)
+                if earlier is not node:
+                    _index_again(served, context.trace_id, earlier, node)
             if node.request_id:
-                self._served.setdefault((node.process, node.request_id), []).append(node)
+                earlier = served.setdefault(node.request_id, node)
+                if earlier is not node:
+                    _index_again(served, node.request_id, earlier, node)
             if node.target_id:
                 self._follow(node, node.target_id)
             else:
@@ -350,7 +356,9 @@ class Stitcher:
         """Server exchanges of the same process with the same trace id or request id that began before the node."""
         start_ns = node.start_ns
         for served in (self._served, self._served_before):
-            for one in served.get((node.process, key), ()):
+            index = served.get(node.process)
+            found = index.get(key, ()) if index else ()
+            for one in found if isinstance(found, list | tuple) else (found,):
                 if one.start_ns <= start_ns:
                     yield one
 
@@ -418,8 +426,19 @@ class Stitcher:
                 node.method,
                 True,
                 node.process,
+                call.groups,
             )
         )
+
+
+_Index = dict[bytes | str, "_Node | list[_Node]"]
+
+
+def _index_again(served: _Index, key: bytes | str, earlier: _Node | list[_Node], node: _Node) -> None:
+    if isinstance(earlier, list):
+        earlier.append(node)
+    else:
+        served[key] = [earlier, node]
 
 
 def _node(exchange: Exchange, call: Call, finished: bool) -> _Node:

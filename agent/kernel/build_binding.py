@@ -34,8 +34,6 @@ int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t fla
 int bpf_map_lookup_elem(int fd, const void *key, void *value);
 int bpf_map_delete_elem(int fd, const void *key);
 int bpf_map_get_next_key(int fd, const void *key, void *next_key);
-int bpf_map_create(int type, const char *name, uint32_t key_size, uint32_t value_size, uint32_t max_entries,
-                   const void *opts);
 int bpf_iter_create(int link_fd);
 int libbpf_num_possible_cpus(void);
 int libbpf_probe_bpf_prog_type(int type, const void *opts);

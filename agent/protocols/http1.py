@@ -17,7 +17,7 @@ from typing import Protocol
 
 from agent import redaction, routes
 from agent.errors import ProtocolError
-from agent.model import Attributes, Call, End, Exchange, Flag, Role, TraceContext
+from agent.model import AttributeGroup, Attributes, Call, End, Exchange, Flag, Role, TraceContext
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
 from agent.protocols.http1_outcome import METHOD_MEANING, failure, is_whole
@@ -54,6 +54,11 @@ _Answer = tuple[int, Framing, int, Attributes, bool]
 """Status, framing, Content-Length, attributes (status, error.type, captured headers), whether the status is bad."""
 _NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
 _HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
+_Repeat = tuple[str, int, AttributeGroup, bool, bytes]
+"""Name, meaning (as in _Target), attributes of the request, whether they have client.address, tracestate."""
+_TRACEPARENT = b"traceparent: 00-"
+_TRACEPARENT_BYTES = 52
+"""What differs from request to request: trace id, parent id and flags behind the version."""
 
 
 class _Extractor(Protocol):
@@ -110,6 +115,11 @@ class Http1:
         self._hosts = Memo(_read_host, MEMO_TARGETS)
         self._addresses = Memo(_peer_pairs, MEMO_PEERS)
         self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
+        self._peers = Memo(self._peer_group, MEMO_PEERS)
+        self._repeats: dict[tuple[int, int, int, int], _Repeat] = {}
+        self._whole_answers: dict[_Answer, AttributeGroup] = {}
+        # What is cut out of a request to see whether the rest repeats; a mark that no request holds cuts nothing.
+        self._mark = _TRACEPARENT if b"traceparent" in extractor.header_names else b"\0\r\n\0"
 
     def parse(self, exchange: Exchange) -> Call:
         """Return the best knowledge of ``exchange``, provisional or final.
@@ -120,6 +130,82 @@ class Http1:
 
         Raises ProtocolError for what is not HTTP/1: no_request, incomplete_request, binary_head, bad_request_line,
         bad_header, bad_status_line.
+        """
+        request = exchange.request
+        before, mark, after = request.partition(self._mark)
+        key = (hash(before), hash(after[_TRACEPARENT_BYTES:]), len(request), exchange.role)
+        repeat = self._repeats.get(key)
+        if repeat is not None and exchange.request_bytes == key[2]:
+            call = self._parse_repeat(exchange, repeat, after[:_TRACEPARENT_BYTES])
+            if call is not None:
+                return call
+        call, target, is_forwarded = self._parse_anew(exchange)
+        if (
+            target is not None
+            and exchange.request_bytes == key[2]
+            and not call.request_id
+            and (not mark or (call.context is not None and call.context.format == "tracecontext"))
+            and (call.context is None or mark)
+            and not call.other_contexts
+        ):
+            self._remember_repeat(key, call, target, is_forwarded)
+        return call
+
+    def _remember_repeat(self, key: tuple[int, int, int, int], call: Call, target: _Target, is_forwarded: bool) -> None:
+        """Remember what a request is, but for its trace context, under the hashes of its bytes.
+
+        Hashes, so that no head, which may hold secrets, is kept; two of 64 bits with a random seed (SipHash), and the
+        length: two different requests of one hash are out of reach.
+        """
+        peer_keys = ("network.peer.address", "network.peer.port")
+        if not is_forwarded:
+            peer_keys += ("client.address",)
+        group = tuple(pair for pair in call.attributes if pair[0] not in peer_keys and not _is_answer(pair[0]))
+        if target[0] != group[: len(target[0])] or _HEAD_TRUNCATED[0] in group:
+            return
+        if len(self._repeats) >= MEMO_TARGETS:
+            self._repeats.clear()
+        state = call.context.trace_state.encode() if call.context is not None else b""
+        self._repeats[key] = (call.name, target[2], AttributeGroup(group), is_forwarded, state)
+
+    def _parse_repeat(self, exchange: Exchange, repeat: _Repeat, traceparent: bytes) -> Call | None:
+        """The short way for a request that was seen before, but for its trace context. None: take the long way."""
+        name, meaning, group, is_forwarded, state = repeat
+        response = exchange.response
+        end = response.find(b"\r\n\r\n")
+        role = exchange.role
+        answer = (self._server_answers if role == _SERVER else self._client_answers).get(response[:end])
+        if end <= 0 or answer is None or answer[1] is not _LENGTH or meaning or exchange.end == _HANDED_OVER:
+            return None
+        length = answer[2]
+        if exchange.response_bytes - end - 4 < length:
+            return None
+        answered = self._whole_answers.get(answer)
+        if answered is None:
+            if len(self._whole_answers) >= MEMO_HEADS:
+                self._whole_answers.clear()
+            answered = AttributeGroup((*answer[3], ("http.response.body.size", length)))
+            self._whole_answers[answer] = answered
+        context = None
+        if traceparent:
+            if b"\r" in traceparent:
+                return None
+            headers = {b"traceparent": b"00-" + traceparent}
+            if state:
+                headers[b"tracestate"] = state
+            context, _ = self._extract(headers)
+        peer = self._peers[exchange.remote_address, exchange.remote_port, role == _SERVER and not is_forwarded]
+        return Call(name, (*group, *peer, *answered), answer[4], context, (), "", True, (group, peer, answered))
+
+    def _peer_group(self, key: tuple[bytes, int, bool]) -> AttributeGroup:
+        address, port, is_client = key
+        peer, client, _ = self._addresses[address]
+        ports = (("network.peer.port", port),) if peer else ()
+        return AttributeGroup((*peer, *ports, *(client if is_client else ())))
+
+    def _parse_anew(self, exchange: Exchange) -> tuple[Call, _Target | None, bool]:
+        """Parse line by line. Also returns the target, None when the request is not to be remembered, and whether
+        client.address is from a header.
         """
         request = exchange.request
         flags = exchange.flags
@@ -153,6 +239,7 @@ class Http1:
             client = ()
             answers = self._client_answers
         attributes, name, meaning = target
+        is_forwarded = False
 
         body: Attributes = ()
         request_id = ""
@@ -165,6 +252,7 @@ class Http1:
                 )
                 if forwarded:
                     client = (("client.address", forwarded),)
+                    is_forwarded = True
             if 0 < request_head_bytes < exchange.request_bytes:
                 body = _request_body_size(fields, exchange.request_bytes - request_head_bytes)
             known_id = fields.pop(b"x-request-id", None)
@@ -199,10 +287,13 @@ class Http1:
 
         port = (self._ports[exchange.remote_port],) if peer else ()
         agent = self._agents[agent] if agent is not None else ()
-        attributes = (*attributes, *peer, *port, *client, *agent, *answered, *body, *captured)
+        forwarded_for, own = (client, ()) if is_forwarded else ((), client)
+        attributes = (*attributes, *agent, *forwarded_for, *captured, *peer, *port, *own, *answered, *body)
         if not request_head_bytes:
             attributes += _HEAD_TRUNCATED
-        return Call(name, attributes, error, context, others, request_id, whole)
+        # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
+        repeats = target if host is not None and request_head_bytes == exchange.request_bytes else None
+        return Call(name, attributes, error, context, others, request_id, whole), repeats, is_forwarded
 
     def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
         method, target, version = syntax.read_request_line(request_line)
@@ -324,6 +415,10 @@ class Http1:
         if self._response_captures:
             attributes += _captured(self._response_captures, fields, self._redactor)
         return status, framing, length, attributes, error
+
+
+def _is_answer(key: str) -> bool:
+    return key == "error.type" or key.startswith("http.response.")
 
 
 def _request_lines(request: bytes, flags: int) -> tuple[list[bytes], int]:

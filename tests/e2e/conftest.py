@@ -7,6 +7,7 @@ skips them, all of them.
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from pathlib import Path
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.collector import Collector
-from tests.e2e.harness import AgentProcess, Process
+from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment
+from tests.e2e.servers import Server
 
 _HERE = Path(__file__).parent
 
@@ -32,8 +34,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def probes_attach(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The agent can trace this host at all. Its failure is the failure of every end-to-end test, with its message."""
-    with AgentProcess(tmp_path_factory.mktemp("probes"), None, settings={"export.console": "off"}):
-        pass
+    try:
+        AgentProcess(tmp_path_factory.mktemp("probes"), None, settings={"export.console": "off"}).start().stop()
+    except AgentFailedError as error:
+        pytest.fail(f"no end-to-end test can run here, because {error}", pytrace=False)
 
 
 @pytest.fixture
@@ -62,8 +66,16 @@ def agent(tmp_path: Path, collector: Collector) -> Iterator[AgentFactory]:
 
 
 @pytest.fixture
+def public_path() -> Iterator[Path]:
+    """A directory like ``tmp_path`` that other users may read."""
+    with tempfile.TemporaryDirectory(prefix="spanloom-test-") as directory:
+        Path(directory).chmod(0o755)
+        yield Path(directory)
+
+
+@pytest.fixture
 def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Starts programs that end with the test and waits for their port: ``start(arguments, port=..., env=..., cwd=...)``."""
+    """``start(arguments, port=..., env=..., cwd=...)``: a program that accepts connections, until the test ends."""
     with ExitStack() as stack:
         count = 0
 
@@ -77,3 +89,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., Process]]:
             return process
 
         yield run
+
+
+@pytest.fixture
+def serve(start: Callable[..., Process]) -> Callable[..., Process]:
+    """Starts a ``Server``: ``serve(server, port, service="name")``."""
+
+    def run(server: Server, port: int, service: str = "") -> Process:
+        environment = clean_environment(**server.environment, **({"OTEL_SERVICE_NAME": service} if service else {}))
+        return start(server.arguments, port=port, env=environment, cwd=server.cwd)
+
+    return run

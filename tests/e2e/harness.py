@@ -104,6 +104,8 @@ class Process:
         self.log = log
         with log.open("wb") as output:
             options = {"stdin": subprocess.DEVNULL, "stdout": output, "stderr": subprocess.STDOUT, **options}
+            # A session of its own: Apache ends its whole process group, which must not be that of the tests.
+            options.setdefault("start_new_session", True)
             self.popen = subprocess.Popen(self.arguments, env=dict(env or clean_environment()), cwd=cwd, **options)
 
     @property

@@ -35,16 +35,21 @@ class Peer:
     def __init__(self, *, namespace: str | None = None) -> None:
         """``namespace`` is one of ``ip netns``."""
         enter = ["ip", "netns", "exec", namespace] if namespace else []
+        self._command = [*enter, sys.executable, "-m", "tests.e2e.scripted"]
+        self._start_process()
+
+    def _start_process(self) -> None:
         self._process = subprocess.Popen(
-            [*enter, sys.executable, "-m", "tests.e2e.scripted"],
-            cwd=ROOT,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
+            self._command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True
         )
+        self._busy = False
         self.pid = self.call(os.getpid)
 
     def start(self, function: Callable[..., Any], *args: Any) -> None:
         """Let the peer run ``function(*args)``; ``result`` waits for it."""
+        if self._busy:
+            raise PeerError("the peer has another function to run")
+        self._busy = True
         _put(self._process.stdin.fileno(), (function, args))
 
     def result(self) -> Any:
@@ -56,6 +61,7 @@ class Peer:
             ok, value = _get(descriptor)
         except EOFError:
             raise PeerError(f"peer {self._process.pid} ended") from None
+        self._busy = False
         if not ok:
             raise PeerError(value)
         return value
@@ -65,10 +71,18 @@ class Peer:
         self.start(function, *args)
         return self.result()
 
+    def renew(self) -> None:
+        """Replace the process by a fresh one when a failed test left it at work."""
+        if self._busy or self._process.poll() is not None:
+            self.kill()
+            self._start_process()
+
     def kill(self) -> None:
         """SIGKILL."""
         self._process.kill()
         self._process.wait()
+        self._process.stdin.close()
+        self._process.stdout.close()
 
     def close(self) -> None:
         """End the process; a function that still runs is cut short."""
@@ -76,7 +90,8 @@ class Peer:
         try:
             self._process.wait(timeout=1)
         except subprocess.TimeoutExpired:
-            self.kill()
+            self._process.kill()
+            self._process.wait()
         self._process.stdout.close()
 
     def __enter__(self) -> Peer:
@@ -206,7 +221,8 @@ def _one_message(buffer: ctypes.Array) -> _Message:
 
 
 def _sendmmsg(connection: socket.socket, data: bytes) -> int:
-    message = _one_message(ctypes.create_string_buffer(data, len(data)))
+    buffer = ctypes.create_string_buffer(data, len(data))
+    message = _one_message(buffer)
     if _libc.sendmmsg(connection.fileno(), ctypes.byref(message), 1, 0) != 1:
         raise OSError(ctypes.get_errno(), "sendmmsg")
     return message.length

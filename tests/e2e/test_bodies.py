@@ -1,0 +1,476 @@
+"""Bodies of every kind: each response ends where its last byte ends, and sizes are what was really sent."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+import pytest
+
+from tests.e2e.edge import Edge, duration_ns, edge_of
+from tests.e2e.harness import clean_environment
+from tests.e2e.scripted import (
+    LOOPBACK,
+    PeerError,
+    Turn,
+    accept,
+    chunked,
+    connect,
+    listen,
+    receive,
+    receive_head,
+    receive_to_end,
+    request,
+    response,
+    run_turns,
+    send_all,
+)
+
+MEGABYTE = 1 << 20
+
+
+@pytest.fixture(scope="module")
+def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    with edge_of(tmp_path_factory.mktemp("bodies")) as running:
+        yield running
+
+
+@pytest.fixture
+def edge(module_edge: Edge) -> Iterator[Edge]:
+    module_edge.begin()
+    yield module_edge
+    module_edge.assert_forgotten()
+
+
+# -- chunked
+
+
+_CHUNKED = ["Transfer-Encoding: chunked"]
+_TRAILERS = ["X-Checksum: 123", "X-More: 4"]
+
+
+def _chunked_head(status: int, trailers: Sequence[str]) -> bytes:
+    fields = _CHUNKED + (["Trailer: X-Checksum, X-More"] if trailers else [])
+    return response(status, fields=fields, body=None)
+
+
+@pytest.mark.parametrize("trailers", [[], _TRAILERS], ids=["plain", "trailers"])
+def test_chunked_response_split_anywhere(edge: Edge, trailers: list[str]) -> None:
+    """Wherever a chunked response is cut in two writes, it ends with its last byte, without an error."""
+    head = _chunked_head(200, trailers)
+    body = chunked([b"one", b"\r\n0\r\n\r\n", b"z" * 20], trailers=trailers)
+    turns = [Turn([request("/chunked")], [head + body[:at], body[at:]]) for at in range(1, len(body))]
+    turns += [Turn([request("/chunked")], [head, body[:at], body[at:]]) for at in range(1, len(body))]
+    run_turns(edge.server, edge.client, edge.port, turns)
+    edge.expect([("/chunked", 200)] * len(turns))
+
+
+@pytest.mark.parametrize("trailers", [[], _TRAILERS], ids=["plain", "trailers"])
+def test_chunked_response_then_close(edge: Edge, trailers: list[str]) -> None:
+    """The last response of a connection is whole by its last chunk, not by the next request."""
+    pieces = [_chunked_head(404, trailers), chunked([b"abc"] * 100, trailers=trailers)]
+    run_turns(edge.server, edge.client, edge.port, [Turn([request("/last")], pieces)])
+    edge.expect([("/last", 404)])
+
+
+@pytest.mark.parametrize("trailers", [[], _TRAILERS], ids=["plain", "trailers"])
+def test_chunked_request_split_anywhere(edge: Edge, trailers: list[str]) -> None:
+    """Wherever a chunked request is cut, it stays one exchange, and its framing is not taken for a size."""
+    head = request("/upload", method="POST", fields=_CHUNKED)
+    body = chunked([b"one", b"\r\n0\r\n\r\n", b"z" * 20], trailers=trailers)
+    turns = [Turn([head + body[:at], body[at:]], [response(201)]) for at in range(1, len(body))]
+    run_turns(edge.server, edge.client, edge.port, turns)
+    spans = edge.expect([("/upload", 201)] * len(turns))
+    assert not any("http.request.body.size" in span.attributes for side in spans for span in side)
+
+
+def test_large_chunked_both_ways(edge: Edge) -> None:
+    """Megabytes in chunks of odd sizes, in both directions."""
+    body = chunked([b"c" * size for size in (1, 4095, 65537, MEGABYTE, 3)])
+    turn = Turn([request("/big", method="PUT", fields=_CHUNKED), body], [_chunked_head(200, []), body])
+    run_turns(edge.server, edge.client, edge.port, [turn] * 3)
+    edge.expect([("/big", 200)] * 3)
+
+
+# -- interim responses
+
+
+_CONTINUE = b"HTTP/1.1 100 Continue\r\n\r\n"
+_EARLY_HINTS = b"HTTP/1.1 103 Early Hints\r\nLink: </style.css>; rel=preload; as=style\r\nX-Fill: %s\r\n\r\n"
+
+
+def test_continue(edge: Edge) -> None:
+    """curl's `Expect: 100-continue` with two megabytes: one exchange with the final status, from request to the end."""
+    size = 2 * MEGABYTE
+    edge.server.start(_serve_continue, edge.port, [_CONTINUE], size)
+    with tempfile.NamedTemporaryFile() as file:
+        file.truncate(size)
+        ran = subprocess.run(
+            ["curl", "-qsS", "--noproxy", "*", "-H", "Expect: 100-continue", "--data-binary", f"@{file.name}"]
+            + ["-w", "%{http_code}", "-o", "/dev/null", f"http://{LOOPBACK}:{edge.port}/upload"],
+            env=clean_environment(),
+            capture_output=True,
+            timeout=60,
+        )
+    assert ran.stdout == b"201", ran.stderr
+    waited_ns = edge.server.result()
+    for span in edge.expect([("/upload", 201)]).one():
+        assert span.attributes["http.request.body.size"] == size
+        assert span.attributes["http.response.body.size"] == 2
+        assert duration_ns(span) > waited_ns
+
+
+@pytest.mark.parametrize(
+    "interim",
+    [
+        [b"HTTP/1.1 102 Processing\r\n\r\n", _CONTINUE],
+        [_EARLY_HINTS % b""],
+        [_CONTINUE + _EARLY_HINTS % b"f" * 20],
+        [_EARLY_HINTS % (b"f" * 400), _EARLY_HINTS % (b"f" * 400)],
+    ],
+    ids=["short", "hints", "together", "longer_than_captured"],
+)
+@pytest.mark.parametrize("joined", [False, True], ids=["apart", "with_the_final_one"])
+def test_interim_responses(edge: Edge, interim: list[bytes], joined: bool) -> None:
+    """However many interim responses come, and however long: the final one's status counts, on both sides."""
+    final = response(404)
+    pieces = [b"".join(interim) + final] if joined else [*interim, final]
+    body = b"b" * 100
+    head = request("/expect", method="POST", fields=["Expect: 100-continue", f"Content-Length: {len(body)}"])
+    run_turns(
+        edge.server, edge.client, edge.port, [Turn([head + body], pieces), Turn([request("/next")], [response()])]
+    )
+    edge.expect([("/expect", 404), ("/next", 200)])
+
+
+def test_refused_expectation(edge: Edge) -> None:
+    """A server that answers 417 instead of 100, and a client that then sends no body."""
+    head = request("/expect", method="POST", fields=["Expect: 100-continue", "Content-Length: 1000000"])
+    run_turns(edge.server, edge.client, edge.port, [Turn([head], [response(417)])])
+    edge.expect([("/expect", 417)])
+
+
+def _serve_continue(port: int, interim: Sequence[bytes], size: int) -> int:
+    """Answer 100 late, take the body, answer 201. Returns how long the client had to wait at least."""
+    with listen(port) as listener, accept(listener) as connection:
+        head = receive_head(connection)
+        begin_ns = time.monotonic_ns()
+        if not head.endswith(b"\r\n\r\n"):
+            raise PeerError("the body came before it was asked for")
+        time.sleep(0.1)
+        for one in interim:
+            send_all(connection, one)
+        receive(connection, size)
+        waited_ns = time.monotonic_ns() - begin_ns
+        send_all(connection, response(201))
+        connection.recv(1)
+    return waited_ns
+
+
+# -- no body
+
+
+@pytest.mark.parametrize(
+    ("method", "status", "fields"),
+    [
+        ("HEAD", 200, ["Content-Length: 1000"]),
+        ("HEAD", 404, ["Transfer-Encoding: chunked"]),
+        ("HEAD", 200, []),
+        ("GET", 204, []),
+        ("GET", 304, ["Content-Length: 1000"]),
+        ("GET", 304, ["ETag: x"]),
+        ("OPTIONS", 204, []),
+        ("DELETE", 200, ["Content-Length: 0"]),
+    ],
+)
+def test_responses_without_body(edge: Edge, method: str, status: int, fields: list[str]) -> None:
+    """Responses that have no body whatever their fields say are whole at once, even before a close."""
+    turn = Turn([request("/none", method=method)], [response(status, fields=fields, body=None)])
+    run_turns(edge.server, edge.client, edge.port, [turn, turn])
+    spans = edge.expect([("/none", status)] * 2)
+    for side in spans:
+        for span in side:
+            assert span.name == method
+            assert span.attributes.get("http.response.body.size", 0) == 0
+
+
+# -- large
+
+
+@pytest.mark.parametrize("direction", ["upload", "download"])
+def test_hundred_megabytes(edge: Edge, direction: str) -> None:
+    """A hundred megabytes are one span a side, with the exact size."""
+    size = 100 * MEGABYTE
+    up, down = (size, 0) if direction == "upload" else (0, size)
+    edge.server.start(_serve_large, edge.port, up, down)
+    edge.client.call(_request_large, edge.port, up, down)
+    edge.server.result()
+    for span in edge.expect([("/large", 200)]).one():
+        assert span.attributes.get("http.request.body.size", 0) == up
+        assert span.attributes["http.response.body.size"] == down
+
+
+def _serve_large(port: int, up: int, down: int) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        head = receive_head(connection)
+        _discard(connection, up - (len(head) - head.index(b"\r\n\r\n") - 4))
+        send_all(connection, response(body=None, fields=[f"Content-Length: {down}"]))
+        _send_zeros(connection, down)
+        connection.recv(1)
+
+
+def _request_large(port: int, up: int, down: int) -> None:
+    with connect(port) as connection:
+        send_all(connection, request("/large", method="PUT", fields=[f"Content-Length: {up}"]))
+        _send_zeros(connection, up)
+        head = receive_head(connection)
+        _discard(connection, down - (len(head) - head.index(b"\r\n\r\n") - 4))
+
+
+def _send_zeros(connection: socket.socket, size: int) -> None:
+    block = memoryview(bytes(MEGABYTE))
+    while size:
+        size -= os.write(connection.fileno(), block[:size])
+
+
+def _discard(connection: socket.socket, size: int) -> None:
+    block = bytearray(MEGABYTE)
+    while size:
+        count = connection.recv_into(block, min(size, MEGABYTE))
+        if not count:
+            raise EOFError
+        size -= count
+
+
+# -- slow
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_streaming_response(edge: Edge, framing: str) -> None:
+    """A response that takes two seconds with pauses is one span that ends with the last byte, on both sides."""
+    pieces = [b"piece %d " % index for index in range(8)]
+    if framing == "length":
+        fields = [f"Content-Length: {sum(map(len, pieces))}"]
+    elif framing == "chunked":
+        fields = _CHUNKED
+        pieces = [b"%x\r\n%s\r\n" % (len(piece), piece) for piece in pieces]
+        pieces[-1] += b"0\r\n\r\n"
+    else:
+        fields = ["Connection: close"]
+    edge.server.start(_serve_slowly, edge.port, response(fields=fields, body=None), pieces)
+    before_request_ns, after_request_ns, after_last_ns = edge.client.call(
+        _request_slow, edge.port, sum(map(len, pieces))
+    )
+    before_last_ns, after_write_ns = edge.server.result()
+    server, client = edge.expect([("/slow", 200)]).one()
+    assert before_last_ns - after_request_ns <= duration_ns(client) <= after_last_ns - before_request_ns
+    # The server may not have been scheduled when the request arrived: its span is at most the client's whole wait.
+    assert 1_700_000_000 <= duration_ns(server) <= after_write_ns - before_request_ns
+
+
+def _serve_slowly(port: int, head: bytes, pieces: Sequence[bytes]) -> tuple[int, int]:
+    """Returns the time before and after the last write."""
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        send_all(connection, head)
+        for piece in pieces:
+            time.sleep(0.25)
+            before_ns = time.monotonic_ns()
+            send_all(connection, piece)
+        after_ns = time.monotonic_ns()
+        time.sleep(0.3)
+    return before_ns, after_ns
+
+
+def _request_slow(port: int, size: int) -> tuple[int, int, int]:
+    """Returns the time before and after the request, and after the last byte of a body of ``size`` bytes."""
+    with connect(port) as connection:
+        before_ns = time.monotonic_ns()
+        send_all(connection, request("/slow"))
+        after_ns = time.monotonic_ns()
+        head = receive_head(connection)
+        receive(connection, size - (len(head) - head.index(b"\r\n\r\n") - 4))
+        last_ns = time.monotonic_ns()
+        receive_to_end(connection)
+    return before_ns, after_ns, last_ns
+
+
+# -- bytes that never are in the process's memory
+
+
+@pytest.mark.parametrize("how", ["sendfile", "splice"])
+def test_bodies_moved_by_the_kernel(edge: Edge, how: str) -> None:
+    """sendfile and splice, upwards and downwards, on both ends: the sizes are exact."""
+    size = 3 * MEGABYTE + 17
+    edge.server.start(_serve_moved, edge.port, size, how)
+    edge.client.call(_request_moved, edge.port, size, how)
+    edge.server.result()
+    for span in edge.expect([("/moved", 200)]).one():
+        assert span.attributes["http.request.body.size"] == size
+        assert span.attributes["http.response.body.size"] == size
+
+
+def _serve_moved(port: int, size: int, how: str) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        while not receive(connection, 1, "recv") == b"\n" or connection.recv(2, socket.MSG_PEEK) != b"\r\n":
+            pass
+        receive(connection, 2, "recv")
+        _move_in(connection, size, how)
+        send_all(connection, response(fields=[f"Content-Length: {size}"], body=None))
+        _move_out(connection, size, how)
+        connection.recv(1)
+
+
+def _request_moved(port: int, size: int, how: str) -> None:
+    head = response(fields=[f"Content-Length: {size}"], body=None)
+    with connect(port) as connection:
+        send_all(connection, request("/moved", method="PUT", fields=[f"Content-Length: {size}"]))
+        _move_out(connection, size, how)
+        receive(connection, len(head))
+        _move_in(connection, size, how)
+
+
+def _move_out(connection: socket.socket, size: int, how: str) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.truncate(size)
+        if how == "sendfile":
+            offset = 0
+            while offset < size:
+                offset += os.sendfile(connection.fileno(), file.fileno(), offset, size - offset)
+            return
+        reading, writing = os.pipe()
+        while size:
+            moved = os.splice(file.fileno(), writing, min(size, 65536))
+            size -= moved
+            while moved:
+                moved -= os.splice(reading, connection.fileno(), moved)
+        os.close(reading)
+        os.close(writing)
+
+
+def _move_in(connection: socket.socket, size: int, how: str) -> None:
+    if how == "sendfile":  # which cannot read from a socket
+        _discard(connection, size)
+        return
+    reading, writing = os.pipe()
+    with open(os.devnull, "wb") as sink:
+        while size:
+            moved = os.splice(connection.fileno(), writing, min(size, 65536))
+            if not moved:
+                raise EOFError
+            size -= moved
+            while moved:
+                moved -= os.splice(reading, sink.fileno(), moved)
+    os.close(reading)
+    os.close(writing)
+
+
+# -- connections that become something else
+
+
+def test_websocket(edge: Edge) -> None:
+    """The handshake is one span a side with status 101; messages that look like requests create nothing."""
+    edge.server.start(_serve_websocket, edge.port, 3)
+    edge.client.call(_talk_websocket, edge.port, 3)
+    edge.server.result()
+    edge.expect([("/chat", 101)])
+
+
+def _serve_websocket(port: int, count: int) -> None:
+    from websockets.sync.server import ServerConnection, serve
+
+    done = threading.Event()
+
+    def echo(connection: ServerConnection) -> None:
+        for message in connection:
+            connection.send(message)
+        done.set()
+
+    with serve(echo, LOOPBACK, port) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        if not done.wait(30):
+            raise PeerError("no client came")
+        server.shutdown()
+        thread.join()
+
+
+def _talk_websocket(port: int, count: int) -> None:
+    from websockets.sync.client import connect as connect_websocket
+
+    connect(port).close()  # waits for the server
+    with connect_websocket(f"ws://{LOOPBACK}:{port}/chat", compression=None, proxy=None) as connection:
+        for _ in range(count):
+            message = request("/not-a-request").decode()
+            connection.send(message)
+            if connection.recv(timeout=30) != message:
+                raise PeerError("another message came back")
+
+
+_UPGRADE = ["Connection: Upgrade", "Upgrade: anything"]
+
+
+@pytest.mark.parametrize(
+    ("opening", "answer", "path", "name"),
+    [
+        (request("/switch", fields=_UPGRADE), response(101, fields=_UPGRADE, body=None), "/switch", "GET"),
+        (
+            b"CONNECT tunnel.example:443 HTTP/1.1\r\nHost: tunnel.example:443\r\n\r\n",
+            b"HTTP/1.1 200 Connection established\r\n\r\n",
+            "",
+            "CONNECT",
+        ),
+    ],
+    ids=["upgrade", "connect"],
+)
+@pytest.mark.parametrize("at_once", [False, True], ids=["later", "with_the_response"])
+def test_connection_is_left_alone(
+    edge: Edge, opening: bytes, answer: bytes, path: str, name: str, at_once: bool
+) -> None:
+    """Behind 101 and behind CONNECT the bytes belong to another protocol, even when they look like HTTP."""
+    inner = response(fields=["X-Inner: 1"])
+    first = [answer + inner] if at_once else [answer, inner]
+    turns = [Turn([opening], first), Turn([request("/inner")], [response(500)]), Turn([b"\0\1\2"], [b"\3\4"])]
+    run_turns(edge.server, edge.client, edge.port, turns)
+    spans = edge.expect([(path, 101 if name == "GET" else 200)])
+    assert {span.name for span in spans.one()} == {name}
+
+
+def test_refused_tunnel(edge: Edge) -> None:
+    """CONNECT that is refused leaves an HTTP connection."""
+    opening = b"CONNECT tunnel.example:443 HTTP/1.1\r\nHost: tunnel.example:443\r\n\r\n"
+    turns = [Turn([opening], [response(407)]), Turn([request("/after")], [response(200)])]
+    run_turns(edge.server, edge.client, edge.port, turns)
+    edge.expect([("", 407), ("/after", 200)])
+
+
+def test_half_closed_connection(edge: Edge) -> None:
+    """A client that closes its sending side behind the request still gets, and shows, a whole response."""
+    for pieces in ([response(body=b"x" * 100)], [b"HTTP/1.1 200 OK\r\n\r\n", b"until the close"]):
+        edge.begin()
+        edge.server.start(_serve_half_closed, edge.port, pieces)
+        edge.client.call(_request_half_closed, edge.port)
+        edge.server.result()
+        edge.expect([("/half", 200)])
+
+
+def _serve_half_closed(port: int, pieces: Sequence[bytes]) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        if connection.recv(1):
+            raise PeerError("unexpected bytes")
+        for piece in pieces:
+            time.sleep(0.1)
+            send_all(connection, piece)
+
+
+def _request_half_closed(port: int) -> None:
+    with connect(port) as connection:
+        send_all(connection, request("/half"))
+        connection.shutdown(socket.SHUT_WR)
+        receive_to_end(connection)
