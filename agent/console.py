@@ -67,7 +67,7 @@ def _json_line(span: Span, info: ProcessInfo) -> str:
         "end_time_ns": span.end_time_ns,
         "duration_ns": span.end_time_ns - span.start_time_ns,
         "status": "error" if span.error else "unset",
-        "attributes": dict(span.attributes),
+        "attributes": dict(span.all_attributes()),
         "links": [
             {"trace_id": link.trace_id.hex(), "span_id": link.span_id.hex(), "attributes": dict(link.attributes)}
             for link in span.links
@@ -253,7 +253,7 @@ def _rows(spans: Sequence[Item], glyphs: _Glyphs) -> list[_Row]:
             if span.links:
                 link += f" +{_plural(len(span.links), 'link')}"
             prefix += glyphs.client if span.kind == SpanKind.CLIENT else ""
-            attributes = dict(span.attributes)
+            attributes = dict(span.all_attributes())
             rows.append(
                 _Row(
                     span,

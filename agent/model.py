@@ -19,10 +19,9 @@ Attributes = tuple[tuple[str, AttributeValue], ...]
 
 
 class AttributeGroup(tuple[tuple[str, AttributeValue], ...]):
-    """Attributes that are often exported together, made once and used again; equal and hashed by identity.
+    """Attributes that often go together, made once and used again; equal and hashed by identity.
 
-    An encoder keeps the bytes it made of a group under the group itself, which costs one look-up instead of one per
-    attribute.
+    An encoder keeps the bytes that it made of a group under the group itself: one look-up instead of one per attribute.
     """
 
     __slots__ = ()
@@ -196,8 +195,8 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     ``context`` is the first valid trace context of the request in the configured order, ``other_contexts`` those valid
     ones that disagree with it about the trace id. ``request_id`` is the ``x-request-id`` value or an empty string.
     ``complete`` is True when the response is whole by the protocol's own rules (Content-Length reached, last chunk
-    seen, no body allowed); False means that only the end of the connection or a later record can tell. ``groups`` is
-    either empty or holds the same attributes once more, in groups that encoders may cache.
+    seen, no body allowed); False means that only the end of the connection or a later record can tell. ``groups``
+    come before ``attributes``; ``all_attributes()`` has both.
     """
 
     name: str
@@ -208,6 +207,10 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     complete: bool
     groups: tuple[AttributeGroup, ...] = ()
+
+    def all_attributes(self) -> Attributes:
+        """The attributes of the groups, then the single ones."""
+        return (*(pair for group in self.groups for pair in group), *self.attributes)
 
 
 class SpanLink(msgspec.Struct, frozen=True, gc=False):
@@ -243,3 +246,7 @@ class Span(msgspec.Struct, frozen=True, gc=False):
     sampled: bool
     process_key: tuple[int, int]
     groups: tuple[AttributeGroup, ...] = ()
+
+    def all_attributes(self) -> Attributes:
+        """The attributes of the groups, then the single ones."""
+        return (*(pair for group in self.groups for pair in group), *self.attributes)

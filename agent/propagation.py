@@ -58,7 +58,7 @@ class Extractor:
     per format, the malformed headers seen so far; an id whose other half is missing counts as one.
     """
 
-    __slots__ = ("_format_by_header", "_formats", "header_names", "malformed")
+    __slots__ = ("_format_by_header", "_formats", "context_behind_version", "header_names", "malformed")
 
     def __init__(self, formats: Sequence[str]) -> None:
         order = list(formats)
@@ -74,6 +74,7 @@ class Extractor:
         self._format_by_header = {header: entry for entry in self._formats for header in entry[0]}
         self.header_names: frozenset[bytes] = frozenset(self._format_by_header)
         self.malformed: dict[str, int] = dict.fromkeys(order, 0)
+        self.context_behind_version = context_behind_version
 
     def extract(self, headers: _Headers) -> tuple[TraceContext | None, tuple[TraceContext, ...]]:
         """Return the first valid context in the configured order and the valid ones that disagree about its trace id.
@@ -169,6 +170,29 @@ def _span_id(digits: bytes) -> bytes | None:
 
 
 # ---- W3C Trace Context
+
+
+def context_behind_version(value: bytes, trace_state: str) -> TraceContext | None:
+    """The context of a version 00 ``traceparent``, given its 52 bytes behind ``00-``; None when they are malformed.
+
+    For callers that have cut them out of a head already; ``trace_state`` is a validated tracestate or empty.
+    """
+    try:
+        fields = unhexlify(value.translate(_UPPER_HEX_SPOILED, b"-"))
+    except NotHexError:
+        return None
+    trace_id = fields[:16]
+    span_id = fields[16:24]
+    if (
+        len(fields) != 25
+        or len(value) != 52
+        or value[32] != 45
+        or value[49] != 45
+        or trace_id == _ZERO_TRACE_ID
+        or span_id == _ZERO_SPAN_ID
+    ):
+        return None
+    return TraceContext(trace_id, span_id, fields[24] & 1 == 1, trace_state, "tracecontext")
 
 
 def _read_tracecontext(headers: _Headers, malformed: dict[str, int]) -> TraceContext | None:

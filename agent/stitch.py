@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 
 import msgspec
 
@@ -66,7 +66,8 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     parent: bytes = b""
     method: str = ""
     links: tuple[SpanLink, ...] = ()
-    waiters: list | None = None
+    waiters: list[_Node] | None = None
+    is_deciding: bool = False
 
 
 class Stitcher:
@@ -98,7 +99,7 @@ class Stitcher:
         self._recent: dict[int, _Node] = {}
         self._previous: dict[int, _Node] = {}
         self._generation_end_ns = 0
-        # Servers by process and inbound trace id or x-request-id, in the same generations: a node, or a list of several.
+        # Servers by process and inbound trace id or x-request-id, in the same generations: one node or a list.
         self._served: dict[ProcessKey, _Index] = {}
         self._served_before: dict[ProcessKey, _Index] = {}
         self._servers: set[ProcessKey] = set()
@@ -107,6 +108,7 @@ class Stitcher:
         self._undecided: OrderedDict[int, _Node] = OrderedDict()
         self._expected: dict[int, list[_Node]] = {}
         self._announced: dict[int, _Node] = {}
+        self._placed: list[_Node] = []
         self.held = 0
         """Finished exchanges that wait for their place."""
         self.sampled_out = 0
@@ -121,6 +123,8 @@ class Stitcher:
 
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
     _GENERATION_NODES = 50_000
+    # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
+    _PROCESSES = 16_384
 
     def add(self, exchange: Exchange, call: Call) -> None:
         """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known."""
@@ -132,17 +136,48 @@ class Stitcher:
                 node.call = call
                 node.end_ns = exchange.response_end_ns
                 node.finished = True
+                self._recent[exchange_id] = node
                 if node.trace is None:
                     self.held += 1
                 else:
                     self._emit(node)
                 return
-        self._enter(_node(exchange, call, True), exchange)
+        role = exchange.role
+        self._enter(
+            _Node(
+                exchange_id,
+                role,
+                (exchange.tgid, exchange.process_start_ns),
+                exchange.request_start_ns,
+                exchange.response_end_ns,
+                exchange.flags,
+                exchange.peer_id if role == _SERVER else exchange.parent_id,
+                call.context,
+                call.request_id,
+                True,
+                exchange,
+                call,
+            ),
+            exchange,
+        )
 
     def announce(self, exchange: Exchange, call: Call) -> None:
         """Take what is known of an exchange that has not finished, so that others can refer to it."""
         if exchange.exchange_id not in self._announced:
-            node = self._announced[exchange.exchange_id] = _node(exchange, call, False)
+            node = self._announced[exchange.exchange_id] = _Node(
+                exchange.exchange_id,
+                exchange.role,
+                (exchange.tgid, exchange.process_start_ns),
+                exchange.request_start_ns,
+                0,
+                exchange.flags,
+                exchange.peer_id if exchange.role == _SERVER else exchange.parent_id,
+                call.context,
+                call.request_id,
+                False,
+                exchange,
+                call,
+            )
             self._enter(node, exchange)
 
     def advance(self, watermark_ns: int, now_ns: int) -> None:
@@ -163,6 +198,14 @@ class Stitcher:
             self._generation_end_ns = now_ns
             self._previous, self._recent = self._recent, {}
             self._served_before, self._served = self._served, {}
+            for node in self._announced.values():  # an exchange is referred to for as long as it lasts
+                self._recent[node.exchange_id] = node
+                if node.role == _SERVER:
+                    self._index(node)
+            if len(self._servers) > self._PROCESSES:
+                self._servers.clear()
+            if len(self._migrating) > self._PROCESSES:
+                self._migrating.clear()
 
     def flush(self) -> None:
         """Place everything that waits, with what is known now (shutdown)."""
@@ -185,21 +228,18 @@ class Stitcher:
         if node.role == _SERVER:
             if exchange.response_tid and exchange.response_tid != exchange.request_tid:
                 self._migrating.add(node.process)
-            served = self._served.get(node.process)
-            if served is None:
-                self._servers.add(node.process)
-                served = self._served[node.process] = {}
             context = node.context
-            if context is not None:
-                earlier = served.setdefault(context.trace_id, node)
-                if earlier is not node:
-                    _index_again(served, context.trace_id, earlier, node)
-            if node.request_id:
-                earlier = served.setdefault(node.request_id, node)
-                if earlier is not node:
-                    _index_again(served, node.request_id, earlier, node)
+            self._index(node)
             if node.target_id:
                 self._follow(node, node.target_id)
+            elif context is not None and node.finished:
+                # _place_by_header() and _place() for the most frequent case: nobody can be waiting for this node yet.
+                node.trace = _Trace(
+                    context.trace_id, self._keeps(context.trace_id, context.sampled), context.trace_state
+                )
+                node.parent = context.span_id or b""
+                node.method = "header"
+                self._emit(node)
             else:
                 self._place_by_header(node)
         else:
@@ -209,6 +249,21 @@ class Stitcher:
             if waiting is not None:
                 for waiter in waiting:
                     self._follow(waiter, exchange_id)
+
+    def _index(self, node: _Node) -> None:
+        served = self._served.get(node.process)
+        if served is None:
+            self._servers.add(node.process)
+            served = self._served[node.process] = {}
+        context = node.context
+        if context is not None:
+            earlier = served.setdefault(context.trace_id, node)
+            if earlier is not node:
+                _index_again(served, context.trace_id, earlier, node)
+        if node.request_id:
+            earlier = served.setdefault(node.request_id, node)
+            if earlier is not node:
+                _index_again(served, node.request_id, earlier, node)
 
     def _enter_client(self, node: _Node) -> None:
         is_lone = node.context is None and not node.target_id and not node.request_id
@@ -265,102 +320,101 @@ class Stitcher:
             self._postpone(node)  # the trace of another exchange of this process, or a foreign one
 
     def _decide(self, node: _Node) -> None:
-        """Place a node with what is known: nothing more is to come."""
-        if node.exchange_id not in self._undecided:
-            return
+        """Place a node, and what it depends on, with what is known: nothing more is to come.
+
+        Chains may be long: they are walked with a list, not by recursion.
+        """
+        node.is_deciding = True
+        chain = [node]
+        while chain:
+            last = chain[-1]
+            needed = self._settle(last) if last.trace is None else None
+            if needed is not None:
+                needed.is_deciding = True
+                chain.append(needed)
+            else:
+                last.is_deciding = False
+                chain.pop()
+
+    def _settle(self, node: _Node) -> _Node | None:
+        """Place a node, or return the one that has to be placed before it. References in a circle are cut."""
         target_id = node.target_id
         if node.role != _SERVER and not self._trusts_threads(node.process):
             target_id = 0
         target = self._find(target_id) if target_id else None
         if target is not None and target.trace is None:
-            self._decide(target)  # an earlier exchange of the same component: parents begin before their children
-            if node.trace is not None:
-                return
+            if not target.is_deciding:
+                return target  # it began before this one, so it is due as well
+            target = None
         if target_id and target is None:
             self.parents_lost += 1
+            node.target_id = 0
             waiting = self._expected.get(target_id)
-            if waiting is not None:
+            if waiting is not None and node in waiting:
                 waiting.remove(node)
                 if not waiting:
                     del self._expected[target_id]
         if node.role == _SERVER:
-            if target is not None and target.trace is not None:
+            if target is not None:
                 self._place(node, target.trace, _id_bytes(target_id), "peer")
             else:
                 self._place_by_header(node)
-            return
-        if target is not None and target.trace is None:
-            target = None
-        if node.context is not None:
-            self._decide_client_with_context(node, node.context, target)
+        elif node.context is not None:
+            return self._settle_client_with_context(node, node.context, target)
         elif target is not None:
             self._place(node, target.trace, _id_bytes(target_id), "thread")
         else:
-            self._decide_by_request_id(node)
+            return self._settle_by_request_id(node)
+        return None
 
-    def _decide_client_with_context(self, node: _Node, context: TraceContext, served: _Node | None) -> None:
-        same_trace = list(self._candidates(node, context.trace_id))
+    def _settle_client_with_context(self, node: _Node, context: TraceContext, served: _Node | None) -> _Node | None:
+        same_trace = self._candidates(node, context.trace_id)
         same_parent = [one for one in same_trace if one.context is not None and one.context.span_id == context.span_id]
-        if same_parent:
-            self._place_in_one_of(node, same_parent, served, "forwarded", context)
-        elif context.span_id is None and same_trace:
-            self._place_in_one_of(node, same_trace, served, "trace_id", context)
+        if same_parent or (context.span_id is None and same_trace):
+            candidates, method = (same_parent, "forwarded") if same_parent else (same_trace, "trace_id")
+            candidates = _in_flight(candidates, node) or candidates
+            if served is not None and served in candidates:
+                candidates = [served]
+            elif len(candidates) > 1 and node.request_id:
+                candidates = [one for one in candidates if one.request_id == node.request_id] or candidates
+            return self._settle_in_one_of(node, candidates, method, self._trace_of(context))
+        links = ()
+        if served is not None and served.trace.trace_id != context.trace_id:
+            trace = served.trace
+            links = (SpanLink(trace.trace_id, _id_bytes(served.exchange_id), trace.trace_state, _CAUSE),)
+        self._place_by_header(node, links)
+        return None
+
+    def _settle_by_request_id(self, node: _Node) -> _Node | None:
+        candidates = _in_flight(self._candidates(node, node.request_id), node) if node.request_id else []
+        if not candidates:
+            self._place_by_header(node)
+            return None
+        trace_id = self._new_trace_id()
+        return self._settle_in_one_of(node, candidates, "request_id", _Trace(trace_id, self._keeps(trace_id, None), ""))
+
+    def _settle_in_one_of(self, node: _Node, candidates: list[_Node], method: str, otherwise: _Trace) -> _Node | None:
+        """Place a client exchange below the only candidate; below none when there are several."""
+        parent = candidates[0]
+        if len(candidates) == 1 and parent.trace is None and not parent.is_deciding:
+            return parent
+        if len(candidates) == 1 and parent.trace is not None:
+            self._place(node, parent.trace, _id_bytes(parent.exchange_id), method)
         else:
-            links = ()
-            if served is not None and served.trace is not None and served.trace.trace_id != context.trace_id:
-                trace = served.trace
-                links = (SpanLink(trace.trace_id, _id_bytes(served.exchange_id), trace.trace_state, _CAUSE),)
-            self._place_by_header(node, links)
-
-    def _place_in_one_of(
-        self, node: _Node, candidates: list[_Node], served: _Node | None, method: str, context: TraceContext
-    ) -> None:
-        start_ns = node.start_ns
-        in_flight = [one for one in candidates if not one.finished or one.end_ns >= start_ns]
-        if in_flight:
-            candidates = in_flight
-        if served is not None and served in candidates:
-            candidates = [served]
-        elif len(candidates) > 1 and node.request_id:
-            candidates = [one for one in candidates if one.request_id == node.request_id] or candidates
-        if len(candidates) == 1:
-            parent = candidates[0]
-            if parent.trace is None:
-                self._decide(parent)
-            if parent.trace is not None:
-                self._place(node, parent.trace, _id_bytes(parent.exchange_id), method)
-                return
-        self.ambiguous += 1
-        self._place(node, self._trace_of(context), b"", "ambiguous")
-
-    def _decide_by_request_id(self, node: _Node) -> None:
-        start_ns = node.start_ns
-        request_id = node.request_id
-        candidates = [
-            one
-            for one in (self._candidates(node, request_id) if request_id else ())
-            if not one.finished or one.end_ns >= start_ns
-        ]
-        if len(candidates) == 1:
-            parent = candidates[0]
-            if parent.trace is None:
-                self._decide(parent)
-            if parent.trace is not None:
-                self._place(node, parent.trace, _id_bytes(parent.exchange_id), "request_id")
-                return
-        elif candidates:
             self.ambiguous += 1
-        self._place_by_header(node)
+            self._place(node, otherwise, b"", "ambiguous")
+        return None
 
-    def _candidates(self, node: _Node, key: bytes | str) -> Iterator[_Node]:
+    def _candidates(self, node: _Node, key: bytes | str) -> list[_Node]:
         """Server exchanges of the same process with the same trace id or request id that began before the node."""
-        start_ns = node.start_ns
+        known: dict[int, _Node] = {}  # one that lasts is in both generations
         for served in (self._served, self._served_before):
             index = served.get(node.process)
             found = index.get(key, ()) if index else ()
             for one in found if isinstance(found, list | tuple) else (found,):
-                if one.start_ns <= start_ns:
-                    yield one
+                if one.start_ns <= node.start_ns:
+                    known[one.exchange_id] = one
+        return list(known.values())
 
     def _trace_of(self, context: TraceContext) -> _Trace:
         return _Trace(context.trace_id, self._keeps(context.trace_id, context.sampled), context.trace_state)
@@ -390,11 +444,19 @@ class Stitcher:
             self.held -= 1
         if node.finished:
             self._emit(node)
-        waiters = node.waiters
-        if waiters is not None:
-            node.waiters = None
-            for waiter in waiters:
-                self._follow(waiter, node.exchange_id)
+        if node.waiters is not None:
+            self._place_waiters(node)
+
+    def _place_waiters(self, node: _Node) -> None:
+        """Place what has waited for a node, and so on; with a list, since chains may be long."""
+        self._placed.append(node)
+        if len(self._placed) > 1:
+            return
+        for placed in self._placed:  # grows while it is walked
+            waiters, placed.waiters = placed.waiters, None
+            for waiter in waiters or ():
+                self._follow(waiter, placed.exchange_id)
+        self._placed.clear()
 
     def _emit(self, node: _Node) -> None:
         trace, exchange, call = node.trace, node.exchange, node.call
@@ -417,7 +479,7 @@ class Stitcher:
                 node.parent,
                 trace.trace_state,
                 call.name,
-                _KINDS[node.role],
+                _KINDS[exchange.role],
                 node.start_ns + offset_ns,
                 (exchange.response_end_ns or exchange.end_ns) + offset_ns,
                 call.attributes,
@@ -431,6 +493,11 @@ class Stitcher:
         )
 
 
+def _in_flight(candidates: Iterable[_Node], node: _Node) -> list[_Node]:
+    """Those that had not ended when the node began."""
+    return [one for one in candidates if not one.finished or one.end_ns >= node.start_ns]
+
+
 _Index = dict[bytes | str, "_Node | list[_Node]"]
 
 
@@ -439,23 +506,6 @@ def _index_again(served: _Index, key: bytes | str, earlier: _Node | list[_Node],
         earlier.append(node)
     else:
         served[key] = [earlier, node]
-
-
-def _node(exchange: Exchange, call: Call, finished: bool) -> _Node:
-    return _Node(
-        exchange.exchange_id,
-        exchange.role,
-        (exchange.tgid, exchange.process_start_ns),
-        exchange.request_start_ns,
-        exchange.response_end_ns,
-        exchange.flags,
-        exchange.peer_id if exchange.role == _SERVER else exchange.parent_id,
-        call.context,
-        call.request_id,
-        finished,
-        exchange,
-        call,
-    )
 
 
 def _id_bytes(exchange_id: int) -> bytes:

@@ -83,7 +83,7 @@ class Generator:
         self._result = ffi.new("uint32_t *")
         self._context = ffi.new("uint64_t[2]")
 
-    def _variable(self, section: str, name: str, size: int):  # noqa: ANN202 - a cffi pointer
+    def _variable(self, section: str, name: str, size: int):
         loaded = -1
         if section == ".bss":
             loaded = lib.bpf_map__fd(lib.bpf_object__find_map_by_name(self._object, section.encode()))

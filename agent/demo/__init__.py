@@ -192,7 +192,7 @@ def _report(requests: Sequence[plan.Request], statuses: Sequence[int | None], it
 
 
 def _show(caption: str, trace: Sequence[Item]) -> None:
-    _print(_paint(caption, "1;34") + "\n" + ("" if trace else "(no span of it was found)\n\n"))
+    _print(_paint(caption, "1;35") + "\n" + ("" if trace else "(no span of it was found)\n\n"))
     _write(TreeConsole(sys.stdout), trace, is_last=True)
 
 

@@ -245,6 +245,4 @@ def _place(span: Span, by_id: dict[bytes, Key]) -> str:
     if not span.parent_span_id:
         return "a root"
     parent = by_id.get(span.parent_span_id)
-    return (
-        f"under '{parent}'" if parent is not None else f"under a span that is not there ({span.parent_span_id.hex()})"
-    )
+    return f"under '{parent}'" if parent else f"under {span.parent_span_id.hex()}, which is not there"

@@ -275,7 +275,7 @@ class Capture:
             raise SpanloomError(f"the BPF object does not describe {name}: it was built without -g")
         return ffi.string(text).decode()
 
-    def _variable(self, section: str, name: str, size: int):  # noqa: ANN202 - a cffi pointer
+    def _variable(self, section: str, name: str, size: int):
         # .rodata is set before loading, in libbpf's memory; .bss is shared with the loaded programs.
         loaded = lib.bpf_map__fd(self._map(section)) if section == ".bss" else -1
         pointer = lib.spanloom_variable(self._object, section.encode(), name.encode(), size, loaded)

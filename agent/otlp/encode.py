@@ -244,10 +244,11 @@ def encode_span(span: Span) -> bytes:
     attributes outside of 64 bits signed. ``flags`` carries only the W3C sampled bit: whether the parent is remote is
     not known. Raises TypeError for an attribute value of a type that the model does not allow.
     """
-    groups = span.groups
     body = _tail((span.name, span.kind, span.error, span.sampled, span.link_method)) + b"".join(
-        map(_group, groups) if groups else map(_attribute, span.attributes)
+        map(_group, span.groups)
     )
+    if span.attributes:
+        body += b"".join(map(_attribute, span.attributes))
     if span.links or span.trace_state:
         body += _trace_state_and_links(span)
     parent_span_id = span.parent_span_id

@@ -54,8 +54,10 @@ _Answer = tuple[int, Framing, int, Attributes, bool]
 """Status, framing, Content-Length, attributes (status, error.type, captured headers), whether the status is bad."""
 _NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
 _HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
-_Repeat = tuple[str, int, AttributeGroup, bool, bytes]
-"""Name, meaning (as in _Target), attributes of the request, whether they have client.address, tracestate."""
+_WholeAnswer = tuple[int, AttributeGroup, bool]
+"""Content-Length, attributes of a response that reached it, whether the status is bad."""
+_Repeat = tuple[str, AttributeGroup, Memo, dict[bytes, _WholeAnswer], str]
+"""Name, attributes of the request, the memo of peers and the answers that go with its role, tracestate."""
 _TRACEPARENT = b"traceparent: 00-"
 _TRACEPARENT_BYTES = 52
 """What differs from request to request: trace id, parent id and flags behind the version."""
@@ -65,6 +67,8 @@ class _Extractor(Protocol):
     """What is needed of ``agent.propagation.Extractor``."""
 
     header_names: frozenset[bytes]
+
+    def context_behind_version(self, value: bytes, trace_state: str) -> TraceContext | None: ...
 
     def extract(
         self, headers: Mapping[bytes, bytes | list[bytes]]
@@ -116,8 +120,11 @@ class Http1:
         self._addresses = Memo(_peer_pairs, MEMO_PEERS)
         self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
         self._peers = Memo(self._peer_group, MEMO_PEERS)
+        self._client_peers = Memo(self._client_peer_group, MEMO_PEERS)
         self._repeats: dict[tuple[int, int, int, int], _Repeat] = {}
-        self._whole_answers: dict[_Answer, AttributeGroup] = {}
+        self._whole_server_answers: dict[bytes, _WholeAnswer] = {}
+        self._whole_client_answers: dict[bytes, _WholeAnswer] = {}
+        self._context_of = extractor.context_behind_version
         # What is cut out of a request to see whether the rest repeats; a mark that no request holds cuts nothing.
         self._mark = _TRACEPARENT if b"traceparent" in extractor.header_names else b"\0\r\n\0"
 
@@ -135,18 +142,28 @@ class Http1:
         before, mark, after = request.partition(self._mark)
         key = (hash(before), hash(after[_TRACEPARENT_BYTES:]), len(request), exchange.role)
         repeat = self._repeats.get(key)
-        if repeat is not None and exchange.request_bytes == key[2]:
-            call = self._parse_repeat(exchange, repeat, after[:_TRACEPARENT_BYTES])
-            if call is not None:
-                return call
+        if repeat is not None and exchange.request_bytes == key[2] and exchange.end != _HANDED_OVER:
+            # The short way: the request was seen before but for its trace context, and the response head as well.
+            name, group, peers, answers, trace_state = repeat
+            response = exchange.response
+            end = response.find(b"\r\n\r\n")
+            answer = answers.get(response[:end]) if end > 0 else None
+            if answer is not None:
+                length, answered, error = answer
+                if exchange.response_bytes - end - 4 >= length:
+                    context = self._context_of(after[:_TRACEPARENT_BYTES], trace_state) if mark else None
+                    if context is not None or not mark:
+                        peer = peers[exchange.remote_address, exchange.remote_port]
+                        return Call(name, (), error, context, (), "", True, (group, peer, answered))
         call, target, is_forwarded = self._parse_anew(exchange)
         if (
             target is not None
+            and not target[2]
             and exchange.request_bytes == key[2]
             and not call.request_id
-            and (not mark or (call.context is not None and call.context.format == "tracecontext"))
-            and (call.context is None or mark)
             and not call.other_contexts
+            and (call.context.format == "tracecontext" if mark and call.context is not None else not mark)
+            and (call.context is None or mark)
         ):
             self._remember_repeat(key, call, target, is_forwarded)
         return call
@@ -155,53 +172,29 @@ class Http1:
         """Remember what a request is, but for its trace context, under the hashes of its bytes.
 
         Hashes, so that no head, which may hold secrets, is kept; two of 64 bits with a random seed (SipHash), and the
-        length: two different requests of one hash are out of reach.
+        length: two different requests of one key are out of reach.
         """
-        peer_keys = ("network.peer.address", "network.peer.port")
+        is_server = key[3] == _SERVER
+        others = {"network.peer.address", "network.peer.port", "error.type"}
         if not is_forwarded:
-            peer_keys += ("client.address",)
-        group = tuple(pair for pair in call.attributes if pair[0] not in peer_keys and not _is_answer(pair[0]))
-        if target[0] != group[: len(target[0])] or _HEAD_TRUNCATED[0] in group:
+            others.add("client.address")
+        group = AttributeGroup(
+            pair for pair in call.attributes if pair[0] not in others and not pair[0].startswith("http.response.")
+        )
+        if _HEAD_TRUNCATED[0] in group:
             return
         if len(self._repeats) >= MEMO_TARGETS:
             self._repeats.clear()
-        state = call.context.trace_state.encode() if call.context is not None else b""
-        self._repeats[key] = (call.name, target[2], AttributeGroup(group), is_forwarded, state)
+        peers = self._client_peers if is_server and not is_forwarded else self._peers
+        answers = self._whole_server_answers if is_server else self._whole_client_answers
+        self._repeats[key] = call.name, group, peers, answers, call.context.trace_state if call.context else ""
 
-    def _parse_repeat(self, exchange: Exchange, repeat: _Repeat, traceparent: bytes) -> Call | None:
-        """The short way for a request that was seen before, but for its trace context. None: take the long way."""
-        name, meaning, group, is_forwarded, state = repeat
-        response = exchange.response
-        end = response.find(b"\r\n\r\n")
-        role = exchange.role
-        answer = (self._server_answers if role == _SERVER else self._client_answers).get(response[:end])
-        if end <= 0 or answer is None or answer[1] is not _LENGTH or meaning or exchange.end == _HANDED_OVER:
-            return None
-        length = answer[2]
-        if exchange.response_bytes - end - 4 < length:
-            return None
-        answered = self._whole_answers.get(answer)
-        if answered is None:
-            if len(self._whole_answers) >= MEMO_HEADS:
-                self._whole_answers.clear()
-            answered = AttributeGroup((*answer[3], ("http.response.body.size", length)))
-            self._whole_answers[answer] = answered
-        context = None
-        if traceparent:
-            if b"\r" in traceparent:
-                return None
-            headers = {b"traceparent": b"00-" + traceparent}
-            if state:
-                headers[b"tracestate"] = state
-            context, _ = self._extract(headers)
-        peer = self._peers[exchange.remote_address, exchange.remote_port, role == _SERVER and not is_forwarded]
-        return Call(name, (*group, *peer, *answered), answer[4], context, (), "", True, (group, peer, answered))
+    def _peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
+        peer, _, _ = self._addresses[key[0]]
+        return AttributeGroup((*peer, ("network.peer.port", key[1])) if peer else ())
 
-    def _peer_group(self, key: tuple[bytes, int, bool]) -> AttributeGroup:
-        address, port, is_client = key
-        peer, client, _ = self._addresses[address]
-        ports = (("network.peer.port", port),) if peer else ()
-        return AttributeGroup((*peer, *ports, *(client if is_client else ())))
+    def _client_peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
+        return AttributeGroup((*self._peer_group(key), *self._addresses[key[0]][1]))
 
     def _parse_anew(self, exchange: Exchange) -> tuple[Call, _Target | None, bool]:
         """Parse line by line. Also returns the target, None when the request is not to be remembered, and whether
@@ -380,9 +373,14 @@ class Http1:
             return self._read_unusual_answer(response, answers)
         answer = self._answer(status, found, answers)
         if end <= MEMO_HEAD_BYTES and secrets == self._response_lines.passed_over:
+            whole = self._whole_server_answers if answers is self._server_answers else self._whole_client_answers
             if len(answers) >= MEMO_HEADS:
                 answers.clear()
+                whole.clear()
             answers[response[:end]] = answer
+            if answer[1] is _LENGTH:
+                group = AttributeGroup((*answer[3], ("http.response.body.size", answer[2])))
+                whole[response[:end]] = answer[2], group, answer[4]
         return answer, end + 4
 
     def _read_unusual_answer(self, response: bytes, answers: dict[bytes, _Answer]) -> tuple[_Answer, int]:
@@ -415,10 +413,6 @@ class Http1:
         if self._response_captures:
             attributes += _captured(self._response_captures, fields, self._redactor)
         return status, framing, length, attributes, error
-
-
-def _is_answer(key: str) -> bool:
-    return key == "error.type" or key.startswith("http.response.")
 
 
 def _request_lines(request: bytes, flags: int) -> tuple[list[bytes], int]:

@@ -12,6 +12,7 @@ import pytest
 
 from tests.e2e import servers
 from tests.e2e.harness import clean_environment, curl, free_port, one, show
+from tests.e2e.load import run_wrk
 
 PYTHON = Path(sys.executable).resolve().name
 
@@ -114,25 +115,7 @@ def test_wrk_over_many_connections(agent, serve, public_path: Path):
     port = free_port()
     serve(servers.python_threads(port, public_path), port)
     tracing = agent([port])
-    script = public_path / "numbered.lua"
-    # Each of the four threads numbers its requests and stops after 100 responses.
-    script.write_text(
-        """
-local threads = 0
-function setup(thread) threads = threads + 1; thread:set("me", threads) end
-local sent, received = 0, 0
-function request() sent = sent + 1; return wrk.format("GET", "/status/200?id=" .. me .. "-" .. sent) end
-function response() received = received + 1; if received >= 100 then wrk.thread:stop() end end
-"""
-    )
-    result = subprocess.run(
-        ["wrk", "-t4", "-c16", "-d60s", "-s", str(script), f"http://127.0.0.1:{port}"],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=100,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
+    run_wrk(port, ["/status/200"], 400, threads=4, connections=16)
     tracing.wait_for_spans(800, port=port)
     tracing.settle()
     spans = tracing.spans(port)

@@ -2,36 +2,55 @@
 
 from __future__ import annotations
 
+import ctypes
+import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
-import time
-import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from agent.demo import application
+from tests.e2e.harness import clean_environment, wait_until
 
 DEMO = [sys.executable, "-m", "agent", "demo"]
 BOUND_SECONDS = 60.0
+PR_CAPBSET_DROP = 24  # prctl(2)
 
 
 @pytest.fixture
 def environment(tmp_path: Path) -> dict[str, str]:
     """A temporary directory of the demo's own, so that what it leaves behind would be seen."""
     (tmp_path / "tmp").mkdir()
-    return {**os.environ, "TMPDIR": str(tmp_path / "tmp")}
+    return clean_environment(TMPDIR=str(tmp_path / "tmp"))
 
 
-def run_demo(command: list[str], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run_demo(
+    command: list[str], environment: dict[str, str], preexec_fn: Callable[[], None] | None = None
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, encoding="utf-8", timeout=BOUND_SECONDS, check=False
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        timeout=BOUND_SECONDS,
+        check=False,
+        preexec_fn=preexec_fn,
     )
+
+
+def drop_capabilities() -> None:
+    """Leave uid 0 without a single capability after the next exec (capabilities(7): the bounding set limits root)."""
+    prctl = ctypes.CDLL(None).prctl
+    for capability in range(64):
+        prctl(PR_CAPBSET_DROP, capability, 0, 0, 0)
 
 
 def temporary_files(environment: dict[str, str]) -> list[str]:
@@ -40,7 +59,7 @@ def temporary_files(environment: dict[str, str]) -> list[str]:
 
 
 def test_every_trace_of_the_demo_is_whole(environment):
-    """Five requests make five whole traces: all services, all ways of linking, the failure, one summary line, exit 0."""
+    """Five requests make five whole traces: all services, ways of linking, the failure, a summary, exit 0."""
     done = run_demo(DEMO, environment)
     assert done.returncode == 0, done.stdout + done.stderr
     last = done.stdout.splitlines()[-1]
@@ -91,41 +110,118 @@ def test_a_service_that_forwards_no_header_is_found_out(environment, tmp_path):
     assert temporary_files(environment) == []
 
 
-def test_without_root_the_agent_s_message_and_exit_code_are_passed_on(environment, tmp_path):
-    """As an ordinary user the demo ends as the agent does: one line that says what to do, exit code 3."""
-    user = 65534
+def test_an_agent_that_may_not_trace_is_passed_on(environment):
+    """Without capabilities the demo ends as the agent does: its one line that says what to do, its exit code 3."""
+    done = run_demo(DEMO, environment, preexec_fn=drop_capabilities)
+    assert done.returncode == 3
+    *_, last = done.stderr.splitlines()
+    assert last.startswith("spanloom: ")
+    assert "root" in last
+    assert done.stdout == ""
+    assert temporary_files(environment) == []
 
-    def drop() -> None:
-        os.setgroups([])
-        os.setgid(user)
-        os.setuid(user)
 
-    # An unprivileged copy: the checkout may lie where only root can read.
-    package = Path(application.__file__).parents[1]
-    shared = Path("/tmp") / f"spanloom-test-{os.getpid()}"
-    shutil.copytree(package, shared / "agent")
-    try:
-        done = subprocess.run(
-            ["/usr/bin/python3", "-c", "import sys"], preexec_fn=drop, capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0
-    finally:
-        shutil.rmtree(shared)
+class Staying:
+    """A demo that has shown its trace and stays; what it prints is read as a person would, a little later."""
+
+    def __init__(self, environment: dict[str, str], directory: Path) -> None:
+        self._files = (directory / "out", directory / "err")
+        with self._files[0].open("wb") as out, self._files[1].open("wb") as err:
+            self.popen = subprocess.Popen(
+                [*DEMO, "--requests", "1", "--keep", "600"], env=environment, stdout=out, stderr=err
+            )
+
+    @property
+    def out(self) -> str:
+        return self._files[0].read_text("utf-8")
+
+    @property
+    def err(self) -> str:
+        return self._files[1].read_text("utf-8")
+
+    def children(self) -> list[int]:
+        """Children by pid, from the kernel."""
+        pid = self.popen.pid
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+    def end(self, number: signal.Signals) -> int:
+        self.popen.send_signal(number)
+        return self.popen.wait(BOUND_SECONDS)
 
 
 @pytest.fixture
-def staying(environment) -> Iterator[subprocess.Popen[str]]:
-    """A demo that has shown its traces and stays."""
-    demo = subprocess.Popen(
-        [*DEMO, "--requests", "1", "--keep", "600"],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        encoding="utf-8",
-    )
+def staying(environment, tmp_path) -> Iterator[Staying]:
+    demo = Staying(environment, tmp_path)
     try:
+        wait_until(lambda: "/metrics" in demo.err or demo.popen.poll() is not None, lambda: demo.err, BOUND_SECONDS)
+        assert demo.popen.poll() is None, demo.err
         yield demo
     finally:
-        demo.kill()
-        demo.communicate()
+        if demo.popen.poll() is None:
+            demo.popen.terminate()
+        demo.popen.wait(BOUND_SECONDS)
+
+
+def test_the_suggested_commands_work_while_the_demo_stays(staying):
+    """With --keep it names commands to try; each one's trace is shown within a moment, and Ctrl-C ends it well."""
+    assert "1 of 1 trace whole: 10 spans of 6 services\n" in staying.out
+    commands = re.findall(r"^demo: +(curl .*)$", staying.err, re.MULTILINE)
+    assert len(commands) == 3
+    for number, command in enumerate(commands, 2):
+        done = subprocess.run(
+            [*shlex.split(command), "-sS", "--noproxy", "*"], capture_output=True, text=True, check=True
+        )
+        if command.endswith("/metrics"):
+            assert "spanloom_" in done.stdout
+        else:
+            assert json.loads(done.stdout)["left" if "stock" in command else "article"]
+            wait_until(lambda n=number: staying.out.count("\ntrace ") == n, lambda: staying.out)
+    spans = [int(count) for count in re.findall(r"^trace .*?(\d+) spans", staying.out, re.MULTILINE)]
+    assert spans == [10, 10, 4]
+    children = staying.children()
+    assert staying.end(signal.SIGINT) == 0
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_everything(staying, environment, number):
+    """SIGTERM and a closed terminal end the agent and all services, and remove the temporary files."""
+    children = staying.children()
+    assert len(children) == 6  # the client has ended and been waited for
+    assert staying.end(number) == 128 + number
+    assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
+    assert temporary_files(environment) == []
+
+
+def test_nothing_outlives_a_demo_that_is_killed(staying):
+    """Not even SIGKILL leaves children behind: the kernel ends them with their parent."""
+    children = staying.children()
+    assert staying.end(signal.SIGKILL) == -signal.SIGKILL
+    wait_until(lambda: not [pid for pid in children if is_running(pid)], "the children ended")
+
+
+def is_running(pid: int) -> bool:
+    """Whether it runs: an orphan that ended may wait to be reaped by a process that is not ours."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_reader_that_leaves_is_no_error_message(environment):
+    """``spanloom demo | head -1`` ends with the exit code of a broken pipe, without a traceback or a child left."""
+    demo = subprocess.Popen(DEMO, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    demo.stdout.close()
+    err = demo.stderr.read()
+    assert demo.wait(BOUND_SECONDS) == 141, err
+    assert "Traceback" not in err
+    assert temporary_files(environment) == []
+
+
+def test_a_poor_environment_is_enough(environment, tmp_path):
+    """No Node.js, nothing in PATH, a terminal that knows ASCII only: nginx is found, and all traces are whole."""
+    done = run_demo(DEMO, {**environment, "PATH": str(tmp_path), "PYTHONIOENCODING": "ascii"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.isascii()
+    assert "Node.js" not in done.stdout
+    assert done.stdout.splitlines()[-1].startswith("5 of 5 traces whole: ")

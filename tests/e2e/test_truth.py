@@ -1,60 +1,26 @@
 """What the agent says against what the servers themselves wrote down, at 20 000 requests.
 
 wrk keeps 64 connections busy and leaves requests under way when it stops, so the numbers are compared with the servers'
-own accounts and not with wrk's. Durations are compared in two ways. Within 1 ms or 5 % of what the application measured
-where the machine let the application measure well; and, for every single one, within the bounds that the application's
-own clock readings allow: it reads its clock before and after the system calls whose ends the agent sees.
+own accounts and not with wrk's. The Python server reads its clock before and after the system calls whose ends the agent
+sees. Every single duration must lie within the bounds that these readings allow, and within 1 ms or 5 % of what the
+application measured wherever its own readings are that exact: on a busy machine some are not.
 """
 
 from __future__ import annotations
 
 import json
-import subprocess
 import threading
 from collections import Counter
 from pathlib import Path
 
 from tests.collector import CollectedSpan
 from tests.e2e import servers
-from tests.e2e.harness import AgentProcess, Books, clean_environment, free_port, show
+from tests.e2e.harness import AgentProcess, Books, free_port, show
+from tests.e2e.load import run_wrk
 
 REQUESTS = 20_000
 CONNECTIONS = 64
 SETTLE_SECONDS = 60.0
-
-WRK_SCRIPT = """
--- Each thread numbers its requests, goes through the given paths in turn, and stops after its share of the responses.
-local threads = 0
-function setup(thread) threads = threads + 1; thread:set("me", threads) end
-function init(arguments)
-  share, paths = tonumber(arguments[1]), {}
-  for index = 2, #arguments do paths[#paths + 1] = arguments[index] end
-  sent, received = 0, 0
-end
-function request()
-  sent = sent + 1
-  local path = paths[sent % #paths + 1]
-  return wrk.format("GET", path .. (path:find("?", 1, true) and "&" or "?") .. "id=" .. me .. "-" .. sent)
-end
-function response() received = received + 1; if received == share then wrk.thread:stop() end end
-"""
-
-
-def run_wrk(directory: Path, port: int, paths: list[str], requests: int = REQUESTS) -> None:
-    """At least ``requests`` requests over 64 keep-alive connections."""
-    script = directory / "numbered.lua"
-    script.write_text(WRK_SCRIPT)
-    threads = 2
-    command = ["wrk", f"-t{threads}", f"-c{CONNECTIONS}", "-d100s", "--timeout", "30s", "-s", str(script)]
-    result = subprocess.run(
-        [*command, f"http://127.0.0.1:{port}", "--", str(requests // threads), *paths],
-        env=clean_environment(),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-        timeout=110,
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
 
 
 class BooksWatcher:
@@ -68,7 +34,7 @@ class BooksWatcher:
         self.open: list[Books] = []
 
     def _watch(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(0.01):
             books = self._tracing.books()
             self.readings += 1
             if not books.closed:
@@ -108,12 +74,12 @@ def test_nginx_serves_20000_requests(agent, serve, public_path: Path):
     """Server spans equal the lines of nginx's own access log, per status code; durations match; the books close."""
     port = free_port()
     log = public_path / f"nginx-{port}.log"
-    # $msec and $request_time have a resolution of a millisecond.
     process = serve(servers.nginx(port, public_path), port)
-    tracing = agent([port])
-    with BooksWatcher(tracing) as watcher:
-        run_wrk(public_path, port, [f"/status/{status}" for status in servers.STATUSES])
-        finished_books(tracing)
+    # Both ends of nginx at full speed are more than the 20 000 spans per second that the default buffer is made for, on
+    # a machine whose cores also run wrk, nginx and this test.
+    tracing = agent([port], {"kernel.ring_buffer_bytes": 64 * 1024 * 1024})
+    run_wrk(port, [f"/status/{status}" for status in servers.STATUSES], REQUESTS, connections=CONNECTIONS)
+    finished_books(tracing)
     process.stop()
     logged = {}
     for line in log.read_text().splitlines():
@@ -137,8 +103,6 @@ def test_nginx_serves_20000_requests(agent, serve, public_path: Path):
         if abs((span.end_time_ns - span.start_time_ns) / 1e6 - logged[request_key(span)][1] * 1e3) > allowed_ms
     ]
     assert len(off) <= 0.01 * len(served), f"{len(off)} of {len(served)}:\n" + show(span for span, _ in off[:20])
-    assert watcher.readings > 0
-    assert watcher.open == [], f"{len(watcher.open)} of {watcher.readings} readings do not close: {watcher.open[:5]}"
 
 
 def test_threaded_python_serves_20000_requests(agent, serve, public_path: Path):
@@ -149,10 +113,9 @@ def test_threaded_python_serves_20000_requests(agent, serve, public_path: Path):
     paths = [f"/status/{status}" for status in servers.STATUSES]
     # Most requests wait, so that the threads do not queue for the interpreter and the application's clock can be read
     # soon after the system call that it measures; the others are as short as they can be.
-    paths = [*paths, *(f"{path}?sleep=0.03" for path in paths * 3)]
-    with BooksWatcher(tracing) as watcher:
-        run_wrk(public_path, port, paths)
-        finished_books(tracing)
+    paths = [*paths, *(f"{path}?sleep=0.05" for path in paths * 15)]
+    run_wrk(port, paths, REQUESTS, connections=CONNECTIONS)
+    finished_books(tracing)
     assert process.stop() == 0, process.output()
     account = json.loads((public_path / f"python-{port}.json").read_text())
     assert len(account) >= REQUESTS
@@ -162,18 +125,57 @@ def test_threaded_python_serves_20000_requests(agent, serve, public_path: Path):
     assert set(by_request) == {target for target, *_ in account}
     assert by_status(served) == Counter(status for _, status, *_ in account)
 
-    good, measurable, impossible = 0, 0, []
+    measurable, impossible, off = 0, [], []
     for target, status, before_read, after_read, before_write, after_write in account:
         span = by_request[target]
         assert span.attributes["http.response.status_code"] == status
         duration = span.end_time_ns - span.start_time_ns
-        # The read returned between the readings around it, and the last write within those around it.
-        if not before_write - after_read <= duration <= after_write - before_read:
-            impossible.append((target, duration, before_read, after_read, before_write, after_write))
         measured = after_write - after_read
-        measurable += 1
-        good += abs(duration - measured) <= max(1_000_000, 0.05 * measured)
-    assert not impossible, f"{len(impossible)}: {impossible[:10]}"
-    assert good >= 0.99 * measurable, f"{good} of {measurable} durations within 1 ms or 5 %"
-    assert watcher.readings > 0
+        # The read returned between the two readings of the clock around it, and so did the write.
+        if not before_write - after_read <= duration <= after_write - before_read:
+            impossible.append((target, duration, measured))
+        # How far the application's number may be off: a thread that comes back from a system call queues for a core and
+        # for the interpreter before it reads the clock.
+        tolerance = max(1_000_000, 0.05 * measured)
+        if (after_read - before_read) + (after_write - before_write) <= tolerance:
+            measurable += 1
+            if abs(duration - measured) > tolerance:
+                off.append((target, duration, measured))
+    assert not impossible, f"{len(impossible)} of {len(account)}: {impossible[:10]}"
+    assert not off, f"{len(off)} of {measurable} durations off: {off[:10]}"
+    assert measurable >= 0.8 * len(account), f"the application itself could measure only {measurable} of {len(account)}"
+
+
+def test_the_books_close_at_any_time(agent, serve, public_path: Path):
+    """begun = handed over + sampled out + dropped + in flight in every reading, also in the middle of the traffic."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    tracing = agent(
+        [port], {"sampling.ratio": 0.5, "kernel.ring_buffer_bytes": 1024 * 1024, "export.batch.max_delay_seconds": 0.5}
+    )
+    with BooksWatcher(tracing) as watcher:
+        # What lasts a while is in flight in the readings; what is quick is on its way through the stages.
+        run_wrk(port, ["/status/200", "/status/404"], REQUESTS, connections=CONNECTIONS)
+    books = tracing.settle(SETTLE_SECONDS)
+    assert watcher.readings >= 10
     assert watcher.open == [], f"{len(watcher.open)} of {watcher.readings} readings do not close: {watcher.open[:5]}"
+    assert books.in_flight == 0
+    assert books.sampled_out > 0
+
+
+def test_what_an_overload_loses_is_counted(agent, serve, public_path: Path):
+    """With a buffer far too small, spans and counted losses still add up to the requests; nothing stays behind."""
+    port = free_port()
+    process = serve(servers.nginx(port, public_path), port)
+    settings = {"kernel.ring_buffer_bytes": 16 * 1024, "select.executables.include": ["nginx"]}
+    tracing = agent([port], settings)
+    run_wrk(port, ["/status/200"], REQUESTS // 2, connections=CONNECTIONS)
+    books = tracing.settle(SETTLE_SECONDS)
+    process.stop()
+    served = (public_path / f"nginx-{port}.log").read_text().count("\n")
+    assert books.dropped["ring_full"] > 0, "the test's own premise"
+    assert books.handed_over + sum(books.dropped.values()) == books.begun
+    assert len(tracing.spans(port, "SERVER")) == len(tracing.spans()) == books.handed_over
+    # wrk's own exchanges were begun as well until it was known that it is not selected.
+    assert books.handed_over < served <= books.begun
+    assert set(books.dropped) <= {"ring_full", "not_selected"}

@@ -79,10 +79,10 @@ def parses(parser: Http1, data: bytes) -> bool:
 
 def check_call(call: Call, record: Exchange) -> None:
     """Assert what holds for every call."""
-    keys = [key for key, _ in call.attributes]
+    keys = [key for key, _ in call.all_attributes()]
     assert len(set(keys)) == len(keys), keys
-    values = dict(call.attributes)
-    for key, value in call.attributes:
+    values = dict(call.all_attributes())
+    for key, value in call.all_attributes():
         assert type(key) is str, key
         for item in value if type(value) is tuple else (value,):
             assert type(item) in (str, int, bool), (key, item)
@@ -117,7 +117,7 @@ def check_record(record: Exchange) -> None:
                 results.append(error.reason)
             else:
                 check_call(call, record)
-                results.append(msgspec.structs.replace(call, groups=()))
+                results.append(msgspec.structs.replace(call, attributes=call.all_attributes(), groups=()))
         assert results[0] == results[1]
         assert type(results[0]) is Call or results[0] in REASONS, results[0]
 

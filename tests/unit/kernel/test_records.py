@@ -1,0 +1,151 @@
+"""agent.kernel.records: bytes packed by hand -> records."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from agent.kernel.records import Decoder
+from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
+from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PROCESS, SEGMENT, batch, pack
+
+U64, U32, U16 = st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
+ADDRESS = st.binary(min_size=16, max_size=16)
+LOCAL, REMOTE, TAIL = bytes(range(16)), bytes(range(16, 32)), b"87654321"
+
+
+def decode(*pieces: bytes) -> list:
+    return Decoder(LAYOUT).decode(*batch(pieces))
+
+
+def test_an_exchange_is_read_member_by_member():
+    """Every member has its place; the data behind the struct is the request and then the response."""
+    numbers = list(range(1001, 1013))
+    data = EXCHANGE.pack(1, 2, 3, 260, *numbers, 11, 12, 13, 14, 80, 40000, 3, 5, LOCAL, REMOTE, TAIL)
+    [found] = decode(data + b"GET" + b"HTTP/")
+    assert found == Exchange(
+        kind=1,
+        role=2,
+        end=3,
+        flags=260,
+        exchange_id=1001,
+        parent_id=1002,
+        peer_id=1003,
+        connection_id=1004,
+        process_start_ns=1005,
+        request_start_ns=1006,
+        request_end_ns=1007,
+        response_start_ns=1008,
+        response_end_ns=1009,
+        end_ns=1010,
+        request_bytes=1011,
+        response_bytes=1012,
+        tgid=11,
+        request_tid=12,
+        response_tid=13,
+        netns=14,
+        local_port=80,
+        remote_port=40000,
+        request_captured=3,
+        response_captured=5,
+        local_address=LOCAL,
+        remote_address=REMOTE,
+        tail=TAIL,
+        request=b"GET",
+        response=b"HTTP/",
+    )
+
+
+def test_a_process_is_read_with_its_names():
+    """Names end at their first NUL, and what is no UTF-8 is replaced."""
+    data = PROCESS.pack(2, 42, 2**63, 7, 1000, 1, b"nginx\0garbage", b"n\xffx" + bytes(61))
+    assert decode(data) == [ProcessSeen(42, 2**63, 7, 1000, 1, "nginx", "n\ufffdx")]
+
+
+def test_a_name_may_fill_its_place():
+    """A name of 16 and one of 64 bytes have no NUL."""
+    [found] = decode(PROCESS.pack(2, 1, 2, 3, 4, 5, b"c" * 16, b"e" * 64))
+    assert (found.comm, found.executable) == ("c" * 16, "e" * 64)
+
+
+def test_a_segment_is_read_with_its_data():
+    """Only the captured bytes are data; the length may be larger."""
+    data = SEGMENT.pack(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
+    assert decode(data + b"data") == [
+        Segment(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
+    ]
+
+
+def test_a_close_is_read():
+    """A close has no data."""
+    assert decode(CLOSE.pack(4, 1, 5, 16, 71, 72, 73)) == [ConnectionClosed(4, 1, 5, 16, 71, 72, 73)]
+
+
+@pytest.mark.parametrize("kind", [0, 5, 255])
+def test_an_unknown_kind_is_counted_and_skipped(kind):
+    """A record of a later version does not disturb its neighbours."""
+    decoder = Decoder(LAYOUT)
+    known = CLOSE.pack(4, 1, 5, 0, 1, 2, 3)
+    found = decoder.decode(*batch([known, kind.to_bytes(2, "little") + bytes(30), known]))
+    assert len(found) == 2
+    assert decoder.unknown_records == 1
+
+
+def test_an_empty_batch_is_no_record():
+    """Nothing in, nothing out."""
+    assert Decoder(LAYOUT).decode(b"", []) == []
+
+
+EXCHANGES = st.builds(
+    lambda role, end, flags, numbers, small, ports, local, remote, tail, request, response: Exchange(
+        1,
+        role,
+        end,
+        flags,
+        *numbers,
+        *small,
+        *ports,
+        len(request),
+        len(response),
+        local,
+        remote,
+        tail,
+        request,
+        response,
+    ),
+    st.integers(0, 255),
+    st.integers(0, 255),
+    U32,
+    st.lists(U64, min_size=12, max_size=12),
+    st.lists(U32, min_size=4, max_size=4),
+    st.lists(U16, min_size=2, max_size=2),
+    ADDRESS,
+    ADDRESS,
+    st.binary(min_size=8, max_size=8),
+    st.binary(max_size=40),
+    st.binary(max_size=40),
+)
+NAMES = st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=16)
+PROCESSES = st.builds(ProcessSeen, U32, U64, U64, U32, U32, NAMES, NAMES)
+SEGMENTS = st.builds(
+    lambda numbers, length, small, ports, local, remote, data: Segment(
+        3, 1, 2, len(data), *numbers, length, *small, *ports, local, remote, data
+    ),
+    st.lists(U64, min_size=4, max_size=4),
+    U64,
+    st.lists(U32, min_size=3, max_size=3),
+    st.lists(U16, min_size=2, max_size=2),
+    ADDRESS,
+    ADDRESS,
+    st.binary(max_size=60),
+)
+CLOSES = st.builds(ConnectionClosed, st.just(4), st.integers(0, 255), st.integers(0, 255), U32, U64, U64, U64)
+
+
+@given(st.lists(st.one_of(EXCHANGES, PROCESSES, SEGMENTS, CLOSES), max_size=12))
+def test_records_survive_the_wire(records):
+    """What the kernel packs is what comes out, in its order, whatever stands beside it."""
+    decoder = Decoder(LAYOUT)
+    assert decoder.decode(*batch([pack(record) for record in records])) == records
+    assert decoder.unknown_records == 0
