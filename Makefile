@@ -3,7 +3,7 @@
 ARCH      := $(shell uname -m)
 BPF_ARCH  := $(if $(filter aarch64,$(ARCH)),arm64,x86)
 BPF_OBJ   := agent/kernel/capture.$(ARCH).bpf.o
-BENCH_OBJ := bench/generator.$(ARCH).bpf.o
+BENCH_OBJ := bench/generator.$(ARCH).bpf.o bench/hooks.$(ARCH).bpf.o
 BPF_DEPS  := $(wildcard bpf/*.h)
 CLANG     ?= clang
 PYTHON    ?= /usr/bin/python3
@@ -81,5 +81,5 @@ clean: ## remove everything that was built
 agent/kernel/capture.$(ARCH).bpf.o: bpf/capture.bpf.c $(BPF_DEPS) | .venv/.ready
 	$(CLANG) $(BPF_FLAGS) -c $< -o $@
 
-bench/generator.$(ARCH).bpf.o: bench/generator.bpf.c $(BPF_DEPS) | .venv/.ready
+bench/%.$(ARCH).bpf.o: bench/%.bpf.c $(BPF_DEPS) | .venv/.ready
 	$(CLANG) $(BPF_FLAGS) -c $< -o $@

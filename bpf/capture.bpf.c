@@ -120,7 +120,7 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 	struct transfer transfer = {};
 	struct connection *connection;
 	struct process *process;
-	struct socket *socket;
+	struct sock *sock;
 	__u64 offered = 0, key;
 
 	switch (number) {
@@ -149,10 +149,9 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 		return;
 	if (!is_captured(pid_tgid, &process))
 		return;
-	socket = socket_of_fd(SYSCALL_ARG1(regs));
-	if (!socket)
+	if (!socket_of_fd(SYSCALL_ARG1(regs), &sock))
 		return;
-	key = (__u64)BPF_CORE_READ(socket, sk);
+	key = (__u64)sock;
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection || connection->mode == MODE_IGNORED)
 		return;
@@ -168,13 +167,13 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 static __always_inline bool on_bodiless_bytes(__u32 fd, __u64 moved, bool egress)
 {
 	struct connection *connection;
-	struct socket *socket = socket_of_fd(fd);
 	struct record_exchange *exchange;
+	struct sock *sock;
 	__u64 key, now = bpf_ktime_get_ns();
 
-	if (!socket)
+	if (!socket_of_fd(fd, &sock))
 		return false;
-	key = (__u64)BPF_CORE_READ(socket, sk);
+	key = (__u64)sock;
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection || connection->mode == MODE_IGNORED)
 		return true;

@@ -45,6 +45,15 @@ enum look {
 	LOOK_FAILED = 1 << 4, /* no bytes, or memory that cannot be read */
 };
 
+/* A function of its own so that the verifier walks it once, not once per way in which the bytes were gathered. */
+__noinline int judge(__u64 word, __u64 length)
+{
+	struct first_bytes first = { .word = word, .length = length };
+
+	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
+	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
+}
+
 /* `address` is that of the bytes, or of iov_count iovecs. Returns enum look. Global for the reason given at
  * absorb_iovecs().
  */
@@ -82,8 +91,7 @@ __noinline int look_at(__u64 address, __u64 iov_count, __u64 length)
 	}
 	if (!first.length)
 		return LOOK_FAILED;
-	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
-	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
+	return judge(first.word, first.length);
 fault:
 	count(COUNTER_READ_FAULT);
 	return LOOK_FAILED;
@@ -139,6 +147,23 @@ static __always_inline __u32 copy_piece(struct connection *connection, __u32 lim
 	return piece;
 }
 
+/* The two steps of absorb_iovecs(), functions of their own for the verifier's sake. */
+__noinline int take_piece(__u64 sock, __u64 limit, __u64 buffer, __u64 length)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	return connection ? copy_piece(connection, limit, buffer, length) : 0;
+}
+
+__noinline int take_tail(__u64 sock, __u64 buffer, __u64 length)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (connection)
+		push_tail(connection, buffer, length);
+	return 0;
+}
+
 /* The many-buffers form of absorb(). One round copies one piece of one buffer, so that the loop stays flat. A global
  * function is verified once, not per call; before 5.12 (commit e5069b9c23b3) it may only take scalars.
  */
@@ -170,10 +195,10 @@ __noinline __u64 absorb_iovecs(__u64 sock, __u64 iov, __u64 iov_count, __u64 len
 		if (available > length - total)
 			available = length - total;
 		if ((limit_and_tail & 1) && !offset)
-			push_tail(connection, iovec.base, available);
+			take_tail(sock, iovec.base, available);
 		if (offset < available) {
-			__u32 piece = copy_piece(connection, unfollowed(connection->cursor_limit),
-						 iovec.base + offset, available - offset);
+			__u32 piece = take_piece(sock, unfollowed(connection->cursor_limit), iovec.base + offset,
+						 available - offset);
 
 			if (piece && offset + piece < available) {
 				connection->cursor_offset = offset + piece;
@@ -477,6 +502,10 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 	return byte == 'G' || byte == 'H' || byte == 'D' || byte == 'O';
 }
 
+/* A request whose head is longer than this is not searched for a second one behind it. */
+#define PIPELINE_SCAN 2048
+#define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
+
 /* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
  * a blank line always include one of them. Global for the reason given at absorb_iovecs().
  */
@@ -489,23 +518,17 @@ __noinline int holds_second_request(__u64 sock)
 	if (!connection)
 		return 0;
 	length = connection->data_length;
-	for (__u64 i = 3; i < REQUEST_CAP_MAX; i += 4) {
-		__u64 start;
+	for (__u64 i = 3; i < PIPELINE_SCAN; i += 4) {
+		__u64 start = i - 3;
 
 		if (i + 9 >= length || i >= request_cap)
 			break;
 		if (connection->data[i] != '\r' && connection->data[i] != '\n')
 			continue;
-		/* One of the four windows around i is the blank line: find its first byte. */
-		start = i;
-		if (connection->data[start - 1] == '\r' || connection->data[start - 1] == '\n')
-			start--;
-		if (connection->data[start - 1] == '\r' || connection->data[start - 1] == '\n')
-			start--;
-		if (start == i - 2 && (connection->data[i - 3] == '\r' || connection->data[i - 3] == '\n'))
-			start--;
-		if (connection->data[start] != '\r' || connection->data[start + 1] != '\n' ||
-		    connection->data[start + 2] != '\r' || connection->data[start + 3] != '\n')
+		/* One of the four windows that hold byte i is the blank line. */
+		if (*(__u32 *)(connection->data + start) != CRLFCRLF && *(__u32 *)(connection->data + ++start) != CRLFCRLF &&
+		    *(__u32 *)(connection->data + ++start) != CRLFCRLF &&
+		    *(__u32 *)(connection->data + ++start) != CRLFCRLF)
 			continue;
 		if (bpf_probe_read_kernel(&first.word, 8, connection->data + start + 4))
 			return 0;
@@ -850,15 +873,12 @@ static __always_inline void on_transfer(struct process *process, __u32 fd, struc
 					bool entering, __u64 pid_tgid)
 {
 	struct connection *connection;
-	struct socket *socket = socket_of_fd(fd);
 	struct sock *sock;
+	struct socket *socket = socket_of_fd(fd, &sock);
 	__u64 key, now;
 	bool response;
 
 	if (!socket)
-		return;
-	sock = BPF_CORE_READ(socket, sk);
-	if (!sock)
 		return;
 	key = (__u64)sock;
 	connection = bpf_map_lookup_elem(&connections, &key);

@@ -5,40 +5,36 @@
 
 #include "maps.bpf.h"
 
-struct socket_ref {
-	struct sock *sock; /* 0: not a stream socket */
-};
-
-/* The socket behind a file descriptor of the current task, or 0. The table is read without its lock: the worst that
- * a concurrent close can do is a failed or stale read, and stale sockets have no connection entry.
+/* The socket behind a file descriptor of the current task, or 0, and its sock. The table is read without its lock: the
+ * worst that a concurrent close can do is a failed or stale read, and stale sockets have no connection entry.
+ *
+ * A file is a socket's when its private data, read as a socket, points back to it: one read less than by way of the
+ * inode's mode. What passes by accident is not in the connections map, and is_tcp() looks closer before it gets there.
  */
-static __always_inline struct socket *socket_of_fd(__u32 fd)
+static __always_inline struct socket *socket_of_fd(__u32 fd, struct sock **sock)
 {
-	struct task_struct *task = (void *)bpf_get_current_task();
-	struct fdtable *table = BPF_CORE_READ(task, files, fdt);
+	struct fdtable *table = current_fdtable();
 	struct file **files, *file = 0;
-	unsigned int max_fds;
-	unsigned short mode;
+	struct socket *socket;
 
-	if (!table)
+	if (!table || fd >= FDTABLE_FIELD(table, max_fds))
 		return 0;
-	max_fds = BPF_CORE_READ(table, max_fds);
-	if (fd >= max_fds)
-		return 0;
-	files = BPF_CORE_READ(table, fd);
+	files = FDTABLE_FIELD(table, fd);
 	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
 		return 0;
-	mode = BPF_CORE_READ(file, f_inode, i_mode);
-	if ((mode & S_IFMT) != S_IFSOCK)
+	socket = BPF_CORE_READ(file, private_data);
+	if (!socket || BPF_CORE_READ(socket, file) != file)
 		return 0;
-	return BPF_CORE_READ(file, private_data);
+	*sock = BPF_CORE_READ(socket, sk);
+	return *sock ? socket : 0;
 }
 
 static __always_inline bool is_tcp(struct socket *socket, struct sock *sock)
 {
 	unsigned short family = BPF_CORE_READ(sock, __sk_common.skc_family);
+	unsigned short mode = BPF_CORE_READ(socket, file, f_inode, i_mode);
 
-	return BPF_CORE_READ(socket, type) == SOCK_STREAM && (family == AF_INET || family == AF_INET6) &&
+	return (mode & S_IFMT) == S_IFSOCK && BPF_CORE_READ(socket, type) == SOCK_STREAM && (family == AF_INET || family == AF_INET6) &&
 	       BPF_CORE_READ(sock, sk_protocol) == IPPROTO_TCP;
 }
 

@@ -1,8 +1,8 @@
 """What the agent says against what the servers themselves wrote down, at 20 000 requests.
 
 wrk keeps 64 connections busy and leaves requests under way when it stops, so the numbers are compared with the servers'
-own accounts and not with wrk's. The Python server reads its clock before and after the system calls whose ends the agent
-sees. Every single duration must lie within the bounds that these readings allow, and within 1 ms or 5 % of what the
+own accounts and not with wrk's. The Python server reads its clock before and after the system calls whose ends the
+agent sees. Every duration must lie within the bounds that these readings allow, and within 1 ms or 5 % of what the
 application measured wherever its own readings are that exact: on a busy machine some are not.
 """
 
