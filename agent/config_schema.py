@@ -256,10 +256,10 @@ class Kernel(Section, frozen=True):
     ] = 8_388_608
     poll_seconds: Annotated[
         float, Meta(ge=0.001, le=1), _help("How often the buffer is emptied; shorter is fresher, longer is cheaper.")
-    ] = 0.05
+    ] = 0.1
     sweep_seconds: Annotated[
         float, Meta(ge=0.01, le=10), _help("How often exchanges that are still open are looked at.")
-    ] = 0.1
+    ] = 0.2
 
 
 class Resource(Section, frozen=True):

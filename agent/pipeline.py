@@ -95,6 +95,7 @@ class Pipeline:
         self._source = source
         self._decoder = decoder
         self._parsers = [protocol.parse for protocol in protocols]
+        self._parse_first = self._parsers[0]
         self._processes = processes
         self._selector = selector
         self._stitcher = stitcher
@@ -219,10 +220,21 @@ class Pipeline:
             if is_first:
                 self.dropped["not_selected"] += 1
             return
-        if self._pending or exchange.end <= _QUIET or not is_first or self._swept or self._swept_before:
+        if (
+            not is_first
+            or exchange.end <= _QUIET
+            or exchange.connection_id in self._pending_of
+            or exchange.exchange_id in self._swept
+            or exchange.exchange_id in self._swept_before
+        ):
             self._on_reported(exchange, bool(is_first))
-        else:
+            return
+        try:
+            call = self._parse_first(exchange)
+        except ProtocolError:
             self._finish(exchange)
+        else:
+            self._stitcher.add(exchange, call)
 
     def _on_reported(self, exchange: Exchange, is_first: bool) -> None:
         """The rarer cases: a provisional record, or one that follows a provisional record."""
@@ -233,7 +245,10 @@ class Pipeline:
                 self.superseded += 1
                 return
             older = self._pending_of.get(exchange.connection_id)
-            if older is not None:
+            if older == exchange_id:
+                self.received -= 1  # the same race, and the report did not end the exchange
+                is_first = False
+            elif older is not None:
                 self._finish(msgspec.structs.replace(self._forget_pending(older), end=int(End.NEXT)))
         elif exchange_id not in self._pending:
             self.superseded += 1
@@ -261,6 +276,8 @@ class Pipeline:
         call = self._parse(exchange)
         if call is not None:
             self._stitcher.add(exchange, call)
+        else:
+            self._stitcher.withdraw(exchange.exchange_id)
 
     def _parse(self, exchange: Exchange, provisional: bool = False) -> Call | None:
         """Ask the protocols in order. The reason of the last one counts, unless a later record may do better."""
@@ -314,6 +331,14 @@ class Pipeline:
             if len(self._streams) >= self._max_pending:
                 self._close_stream(self._streams.pop(next(iter(self._streams))), None)
             stream = self._streams[segment.connection_id] = PipelinedConnection()
+            announced = self._pending_of.get(segment.connection_id)
+            if announced is not None:
+                # The connection's first exchange had been reported before the second request came. The kernel counts it
+                # as streamed now, and the segments tell of it again.
+                self._forget_pending(announced)
+                self._stitcher.withdraw(announced)
+                self.received -= 1
+                self.superseded += 1
         self._take_streamed(stream.feed(segment))
 
     def _close_stream(self, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:

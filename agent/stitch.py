@@ -180,6 +180,22 @@ class Stitcher:
             )
             self._enter(node, exchange)
 
+    def withdraw(self, exchange_id: int) -> None:
+        """Forget an announced exchange that makes no span after all; does nothing when it was not announced."""
+        node = self._announced.pop(exchange_id, None)
+        if node is None:
+            return
+        self._recent.pop(exchange_id, None)
+        self._previous.pop(exchange_id, None)
+        for generation in (self._served, self._served_before):
+            index = generation.get(node.process, {})
+            for key in (node.context.trace_id if node.context is not None else b"", node.request_id):
+                found = index.get(key)
+                if found is node:
+                    del index[key]
+                elif isinstance(found, list) and node in found:
+                    found.remove(node)
+
     def advance(self, watermark_ns: int, now_ns: int) -> None:
         """Decide what can be decided: every exchange that began before ``watermark_ns`` is known by now.
 

@@ -59,7 +59,11 @@ static __always_inline void put_hex(__u8 *text, __u64 value)
 
 static __always_inline bool send(struct exchange *exchange)
 {
-	if (bpf_ringbuf_output(&records, exchange, sizeof(*exchange), BPF_RB_NO_WAKEUP))
+	__u64 waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
+
+	/* As in exchange.bpf.h. */
+	if (bpf_ringbuf_output(&records, exchange, sizeof(*exchange),
+			       waiting >= 2 << 20 && waiting < (2 << 20) + 16384 ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP))
 		return false;
 	written++;
 	return true;

@@ -322,9 +322,12 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	struct connection *connection;
 	__u64 key = (__u64)sock, now;
 	__u8 end = END_CLOSED;
+	bool closes;
 	int error;
 
-	if (new_state != TCP_CLOSE && new_state != TCP_CLOSE_WAIT)
+	/* A process that closes leaves the exchange now; TCP_CLOSE comes when the other end has answered to that. */
+	closes = (new_state == TCP_FIN_WAIT1 || new_state == TCP_LAST_ACK) && sock->sk_shutdown == SHUTDOWN_MASK;
+	if (new_state != TCP_CLOSE && new_state != TCP_CLOSE_WAIT && !closes)
 		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection)

@@ -50,6 +50,13 @@ __noinline int judge(__u64 word, __u64 length)
 {
 	struct first_bytes first = { .word = word, .length = length };
 
+	/* Empty lines in front of a request are no part of it (RFC 9112 section 2.2). */
+	for (int i = 0; i < 2; i++) {
+		if (first.length <= 2 || (first.word & BYTES(2)) != TEXT4('\r', '\n', 0, 0))
+			break;
+		first.word >>= 16;
+		first.length -= 2;
+	}
 	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
 	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
 }
@@ -263,6 +270,18 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 	return transfer->length;
 }
 
+/* User space looks into the ring buffer by itself every now and then; it is woken when much waits. The band keeps a
+ * slow reader from being woken for every record.
+ */
+#define WAKEUP_BAND 16384
+
+static __always_inline __u64 wakeup_flags(void)
+{
+	__u64 waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
+
+	return waiting >= wakeup_bytes && waiting < wakeup_bytes + WAKEUP_BAND ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+}
+
 /* Sends the exchange to user space. `first` says that no record told of it before. */
 static __always_inline bool emit(struct connection *connection, __u8 end, __u64 now, bool first)
 {
@@ -287,7 +306,7 @@ static __always_inline bool emit(struct connection *connection, __u8 end, __u64 
 	opaque(length);
 	if (length > request_cap + response_cap)
 		length = request_cap + response_cap;
-	if (bpf_ringbuf_output(&records, exchange, sizeof(*exchange) + length, BPF_RB_NO_WAKEUP))
+	if (bpf_ringbuf_output(&records, exchange, sizeof(*exchange) + length, wakeup_flags()))
 		return false;
 	return true;
 }
@@ -384,8 +403,21 @@ static __always_inline void remember_serving(__u64 sock, __u64 exchange_id, __u3
 	}
 }
 
+/* The server received what the client sent: its next expected byte lies between what the client has been acknowledged
+ * and what it has written. Initial sequence numbers are random, so that equal addresses elsewhere do not pass. The
+ * order of the reads matters: each number can only have grown past the one before.
+ */
+static __always_inline bool is_other_end(__u64 server, __u64 client)
+{
+	__u32 acknowledged = BPF_CORE_READ((struct tcp_sock *)client, snd_una);
+	__u32 received = BPF_CORE_READ((struct tcp_sock *)server, rcv_nxt);
+	__u32 written = BPF_CORE_READ((struct tcp_sock *)client, write_seq);
+
+	return received - acknowledged <= written - acknowledged;
+}
+
 /* The client exchange at the other end of this server's connection, or 0. */
-static __always_inline __u64 peer_exchange(struct connection *connection)
+static __always_inline __u64 peer_exchange(struct connection *connection, __u64 server)
 {
 	struct record_exchange *exchange = &connection->exchange;
 	struct connection *peer;
@@ -408,7 +440,7 @@ static __always_inline __u64 peer_exchange(struct connection *connection)
 	peer = bpf_map_lookup_elem(&connections, &sock);
 	if (!peer || peer->state != STATE_REQUEST || peer->mode != MODE_EXCHANGE || peer->exchange.role != ROLE_CLIENT)
 		return 0;
-	/* Equal addresses in two network namespaces, or a recycled socket: the other end must have sent these bytes. */
+	/* A recycled socket: the other end must have sent these bytes. */
 	if (peer->data_length >= 16 && connection->data_length >= 16 &&
 	    (((__u64 *)peer->data)[0] != ((__u64 *)connection->data)[0] ||
 	     ((__u64 *)peer->data)[1] != ((__u64 *)connection->data)[1]))
@@ -417,6 +449,10 @@ static __always_inline __u64 peer_exchange(struct connection *connection)
 		if (connection->peer_connection_id != peer->exchange.connection_id)
 			return 0;
 	} else {
+		if (!is_other_end(server, sock)) {
+			connection->peer_tries++;
+			return 0;
+		}
 		connection->peer_sock = sock;
 		connection->peer_connection_id = peer->exchange.connection_id;
 	}
@@ -485,7 +521,7 @@ static __always_inline void begin(struct connection *connection, struct process 
 	if (exchange->role == ROLE_SERVER) {
 		if (process)
 			process->served = 1;
-		exchange->peer_id = peer_exchange(connection);
+		exchange->peer_id = peer_exchange(connection, sock);
 		remember_serving(sock, exchange->exchange_id, tgid, tid);
 	} else {
 		exchange->parent_id = serving_exchange(tgid, tid);
@@ -505,6 +541,50 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 /* A request whose head is longer than this is not searched for a second one behind it. */
 #define PIPELINE_SCAN 2048
 #define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
+
+/* A request line ends somewhere behind `from` in the captured bytes. Of any four bytes in a row of "P/1." every fourth
+ * byte of the data is one. Global for the reason given at absorb_iovecs().
+ */
+__noinline int holds_request_line(__u64 sock, __u64 from)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	__u64 length;
+
+	if (!connection)
+		return 0;
+	length = connection->data_length;
+	connection->cursor_index = from + 8;
+	for (__u32 round = 0; round < PIPELINE_SCAN / 4; round++) {
+		__u64 i = unfollowed(connection->cursor_index), word = 0, start;
+		__u16 line_end = 0;
+
+		if (i < 8 || i + 6 >= length || i >= request_cap)
+			break;
+		connection->cursor_index = i + 4;
+		switch (connection->data[i]) {
+		case 'P':
+			start = i - 4;
+			break;
+		case '/':
+			start = i - 5;
+			break;
+		case '1':
+			start = i - 6;
+			break;
+		case '.':
+			start = i - 7;
+			break;
+		default:
+			continue;
+		}
+		if (bpf_probe_read_kernel(&word, 8, connection->data + start) ||
+		    word != TEXT8(' ', 'H', 'T', 'T', 'P', '/', '1', '.'))
+			continue;
+		if (!bpf_probe_read_kernel(&line_end, 2, connection->data + start + 9) && line_end == 0x0a0d)
+			return 1;
+	}
+	return 0;
+}
 
 /* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
  * a blank line always include one of them. Global for the reason given at absorb_iovecs().
@@ -530,6 +610,10 @@ __noinline int holds_second_request(__u64 sock)
 		    *(__u32 *)(connection->data + ++start) != CRLFCRLF &&
 		    *(__u32 *)(connection->data + ++start) != CRLFCRLF)
 			continue;
+		if (start < 12)
+			continue; /* empty lines in front of the first one */
+		if (!is_bodyless(connection))
+			return holds_request_line(sock, start + 4);
 		if (bpf_probe_read_kernel(&first.word, 8, connection->data + start + 4))
 			return 0;
 		return start + 12 <= length && is_common_request(&first);
@@ -710,8 +794,9 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		count(COUNTER_IGNORED_OTHER);
 		return;
 	}
-	if (connection->state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) && is_bodyless(connection) &&
-	    ends_in_blank_line(connection)) {
+	/* Behind a request that may have a body this may still be a part of it, which user space tells by its framing. */
+	if (connection->state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) &&
+	    (!is_bodyless(connection) || ends_in_blank_line(connection))) {
 		enter_stream_mode(connection);
 		if (!entering)
 			stream_transfer(sock, transfer, false);
@@ -736,7 +821,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	exchange->request_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
-	if (starts && is_bodyless(connection) && connection->data_length >= 36 && holds_second_request(sock)) {
+	if (starts && connection->data_length >= 36 && holds_second_request(sock)) {
 		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
 		exchange->request_bytes = 0;
 		connection->data_length = 0;
@@ -744,6 +829,28 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		if (!entering)
 			stream_transfer(sock, transfer, false);
 	}
+}
+
+/* The captured response begins with an interim one. */
+static __always_inline bool holds_interim(struct connection *connection)
+{
+	__u64 offset = connection->exchange.request_captured;
+
+	opaque(offset);
+	return offset <= request_cap && connection->data_length >= offset + 13 && connection->data[offset + 9] == '1';
+}
+
+/* Waits for the final response as if no interim one had come. */
+static __always_inline void forget_interim(struct connection *connection)
+{
+	struct record_exchange *exchange = &connection->exchange;
+
+	connection->state = STATE_REQUEST;
+	connection->data_length = exchange->request_captured;
+	exchange->response_bytes = 0;
+	exchange->response_start_ns = 0;
+	exchange->response_end_ns = 0;
+	exchange->flags |= FLAG_INTERIM;
 }
 
 static __always_inline void on_response_bytes(struct connection *connection, struct transfer *transfer, __u64 sock,
@@ -757,6 +864,10 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 	if (connection->state == STATE_IDLE) {
 		count(COUNTER_RESPONSE_ALONE);
 		return;
+	}
+	if (!starts && holds_interim(connection) && (look(transfer) & LOOKS_RESPONSE)) {
+		forget_interim(connection);
+		starts = true;
 	}
 	if (starts) {
 		int looks = look(transfer);
@@ -800,13 +911,8 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 			finish(connection, END_HANDED_OVER, now);
 			connection->mode = MODE_IGNORED;
 		} else if (length == absorbed && length < 64) {
-			/* A lone interim response: forget it and go on waiting. Longer ones are left to user space. */
-			connection->state = STATE_REQUEST;
-			connection->data_length = offset;
-			exchange->response_bytes = 0;
-			exchange->response_start_ns = 0;
-			exchange->response_end_ns = 0;
-			exchange->flags |= FLAG_INTERIM;
+			/* A lone interim response: forget it and go on waiting. Longer ones wait for what follows them. */
+			forget_interim(connection);
 		}
 	} else if (connection->data[offset + 9] == '2' && connection->data[0] == 'C' && connection->data[1] == 'O' &&
 		   connection->data[2] == 'N' && connection->data[3] == 'N') {
@@ -920,6 +1026,12 @@ static __always_inline void settle_write(struct connection *connection, long mov
 	if (connection->undo_exchange_id != exchange->exchange_id || connection->state == STATE_IDLE)
 		return;
 	if (moved >= 0 && moved >= connection->write_offered) {
+		/* More moved than was seen at the entry when there were more buffers than the loop allows. */
+		missing = moved - connection->write_offered;
+		if (response)
+			exchange->response_bytes += missing;
+		else
+			exchange->request_bytes += missing;
 		now = bpf_ktime_get_ns();
 		if (response)
 			exchange->response_end_ns = now;

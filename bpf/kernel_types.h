@@ -105,6 +105,13 @@ struct sock {
 	struct sock_common __sk_common;
 	__u16 sk_protocol; /* a bit field before 5.6, commit bf9765145b85 */
 	int sk_err;
+	__u8 sk_shutdown;
+};
+
+struct tcp_sock {
+	__u32 rcv_nxt;
+	__u32 write_seq;
+	__u32 snd_una;
 };
 
 struct socket {
@@ -161,9 +168,11 @@ struct user_mmsghdr {
 #define IPPROTO_TCP 6
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
+#define TCP_FIN_WAIT1 4
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 #define TCP_LAST_ACK 9
+#define SHUTDOWN_MASK 3 /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */
 #define EPIPE 32
 #define ECONNRESET 104
 #define ETIMEDOUT 110

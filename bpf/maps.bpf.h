@@ -12,6 +12,7 @@ const volatile __u32 response_cap = 256; /* captured bytes of a response, at mos
 const volatile __u64 quiet_ns = 50000000;
 const volatile __u64 open_ns = 200000000;
 const volatile __u64 expire_ns = 600000000000;
+const volatile __u64 wakeup_bytes = 2 << 20; /* waiting bytes at which user space is woken before its time */
 const volatile __u8 ports_filtered = 0; /* 1: look ports up in the map of that name */
 const volatile __u8 ports_default = 1;  /* whether a port that is not in the map is selected */
 

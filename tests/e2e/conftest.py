@@ -34,10 +34,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session", autouse=True)
 def probes_attach(tmp_path_factory: pytest.TempPathFactory) -> None:
     """The agent can trace this host at all. Its failure is the failure of every end-to-end test, with its message."""
+    message = ""
     try:
         AgentProcess(tmp_path_factory.mktemp("probes"), None, settings={"export.console": "off"}).start().stop()
     except AgentFailedError as error:
-        pytest.fail(f"no end-to-end test can run here, because {error}", pytrace=False)
+        message = f"no end-to-end test can run here, because {error}"
+    if message:
+        pytest.fail(message, pytrace=False)
 
 
 @pytest.fixture

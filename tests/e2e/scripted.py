@@ -212,6 +212,7 @@ class _Message(ctypes.Structure):  # struct mmsghdr, sendmmsg(2)
         ("control", ctypes.c_void_p),
         ("control_length", ctypes.c_size_t),
         ("flags", ctypes.c_int),
+        ("_padding", ctypes.c_int),
         ("length", ctypes.c_uint32),
     )
 

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import array
 import os
+import re
 import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from tests.collector import CollectedSpan
 from tests.e2e.edge import Edge, edge_of, seen
+from tests.e2e.harness import Process, clean_environment, wait_until
 from tests.e2e.scripted import (
     RECEIVING,
     SENDING,
@@ -20,6 +25,7 @@ from tests.e2e.scripted import (
     accept,
     chunked,
     connect,
+    cut,
     listen,
     receive,
     receive_head,
@@ -29,6 +35,7 @@ from tests.e2e.scripted import (
     run_turns,
     send_all,
 )
+from tests.e2e.servers import nginx
 
 
 @pytest.fixture(scope="module")
@@ -145,33 +152,6 @@ def test_pipelining(edge: Edge, requests: list[bytes], separately: bool, answere
     edge.expect([(f"/{index}", status) for index, status in enumerate(_STATUSES)], linked=False)
 
 
-def test_pipelining_behind_a_slow_response(edge: Edge) -> None:
-    """A request that is sent while the response to the one before is under way is another exchange; none is lost."""
-    edge.server.start(_serve_interleaved, edge.port)
-    edge.client.call(_request_interleaved, edge.port)
-    edge.server.result()
-    edge.expect([("/0", 200), ("/1", 404)], linked=False)
-
-
-def _serve_interleaved(port: int) -> None:
-    with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
-        whole = response(body=b"x" * 1000)
-        send_all(connection, whole[:500])
-        receive_head(connection)
-        send_all(connection, whole[500:])
-        send_all(connection, response(404))
-        connection.recv(1)
-
-
-def _request_interleaved(port: int) -> None:
-    with connect(port) as connection:
-        send_all(connection, request("/0"))
-        receive(connection, 500)
-        send_all(connection, request("/1"))
-        receive(connection, len(response(body=b"x" * 1000)) - 500 + len(response(404)))
-
-
 def test_pipelining_again_and_again(edge: Edge) -> None:
     """A connection goes from pipelining to single requests and back; every request is one span."""
     batches = [3, 1, 1, 2, 1, 5, 1]
@@ -196,6 +176,48 @@ def _request_batches(port: int, batches: Sequence[int]) -> None:
         for batch, size in enumerate(batches):
             send_all(connection, b"".join(request(f"/{batch}/{index}") for index in range(size)))
             receive(connection, len(response()) * size)
+
+
+def test_pipelining_into_nginx(edge: Edge, tmp_path: Path) -> None:
+    """Fifty requests to nginx before any response is read, in one send, in fifty, cut anywhere: fifty spans a side."""
+    port = edge.other_ports[0]
+    tmp_path.chmod(0o755)
+    server = nginx(port, tmp_path)
+    statuses = [(200, 404, 500)[index % 3] for index in range(50)]
+    with Process(server.arguments, log=tmp_path / "output", env=clean_environment(), cwd=server.cwd) as process:
+        process.wait_for_port(port)
+        wait_until(lambda: not edge.connections(port), "the probe of the port is forgotten")
+        requests = [request(f"/status/{status}?{index}") for index, status in enumerate(statuses)]
+        for writes in ([b"".join(requests)], requests, cut(b"".join(requests), 700)):
+            edge.begin()
+            edge.client.call(_request_from_nginx, port, writes, statuses)
+            spans = edge.spans(50)
+            for side in spans:
+                served = [(span.attributes["http.response.status_code"], _query(span)) for span in side]
+                assert sorted(served, key=lambda one: int(one[1])) == [
+                    (status, str(index)) for index, status in enumerate(statuses)
+                ]
+            assert {span.resource["process.executable.name"] for span in spans.servers} == {"nginx"}
+            assert not edge.dropped()
+    edge.assert_forgotten(port)
+
+
+def _query(span: CollectedSpan) -> str:
+    return span.attributes.get("url.query") or urlsplit(span.attributes["url.full"]).query
+
+
+def _request_from_nginx(port: int, writes: Sequence[bytes], statuses: Sequence[int]) -> None:
+    with connect(port) as connection:
+        for data in writes:
+            send_all(connection, data)
+        received = b""
+        while received.count(b"as asked") < len(statuses):
+            piece = connection.recv(65536)
+            if not piece:
+                raise EOFError
+            received += piece
+        if [int(status) for status in re.findall(rb"HTTP/1.1 ([0-9]{3}) ", received)] != list(statuses):
+            raise PeerError("other statuses came")
 
 
 # -- who holds the connection

@@ -104,6 +104,24 @@ def test_sigterm_exports_what_is_complete(tmp_path: Path, collector: Collector, 
     assert (stopped["begun"], stopped["handed_over"], stopped["in_flight"], stopped["dropped"]) == (100, 100, 0, 0)
 
 
+def test_sigterm_is_obeyed_under_overload(tmp_path: Path, collector: Collector, start, serve, public_path: Path):
+    """Traffic that comes faster than it can be taken does not keep the agent from ending, nor its books from closing."""
+    port = free_port()
+    serve(servers.nginx(port, public_path, workers=2), port)
+    with AgentProcess(tmp_path, collector, [port]) as tracing:
+        load = start(["wrk", "-t2", "-c64", "-d60s", f"http://127.0.0.1:{port}/status/200"])
+        lost = "spanloom_exchanges_dropped_total{reason=ring_full}"
+        wait_until(lambda: tracing.metrics().get(lost, 0) > 1000, "the agent is overloaded", 40)
+        began = time.monotonic()
+        assert tracing.stop(timeout_seconds=30) == 0
+        took_seconds = time.monotonic() - began
+        load.check_alive()
+    assert took_seconds < STOP_SECONDS
+    stopped = json.loads(tracing.stderr().splitlines()[-1])
+    left = stopped["handed_over"] + stopped["sampled_out"] + stopped["dropped"] + stopped["in_flight"]
+    assert stopped["begun"] == left, stopped
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_it_well_while_it_is_idle(number: signal.Signals, tmp_path: Path, collector: Collector):
     """SIGTERM and SIGINT end an idle agent with exit code 0."""

@@ -32,10 +32,15 @@ class BooksWatcher:
         self._thread = threading.Thread(target=self._watch)
         self.readings = 0
         self.open: list[Books] = []
+        self.error: Exception | None = None
 
     def _watch(self) -> None:
         while not self._stop.wait(0.01):
-            books = self._tracing.books()
+            try:
+                books = self._tracing.books()
+            except Exception as error:  # reported by the thread that runs the test
+                self.error = error
+                return
             self.readings += 1
             if not books.closed:
                 self.open.append(books)
@@ -157,6 +162,7 @@ def test_the_books_close_at_any_time(agent, serve, public_path: Path):
         # What lasts a while is in flight in the readings; what is quick is on its way through the stages.
         run_wrk(port, ["/status/200", "/status/404"], REQUESTS, connections=CONNECTIONS)
     books = tracing.settle(SETTLE_SECONDS)
+    assert watcher.error is None, repr(watcher.error)
     assert watcher.readings >= 10
     assert watcher.open == [], f"{len(watcher.open)} of {watcher.readings} readings do not close: {watcher.open[:5]}"
     assert books.in_flight == 0

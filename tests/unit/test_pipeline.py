@@ -1,0 +1,648 @@
+"""agent.pipeline: records of a double of the kernel -> spans, drops and books that add up."""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Sequence
+from pathlib import Path
+from random import Random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from agent.kernel.records import Decoder
+from agent.model import ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
+from agent.pipeline import PROCESS_IGNORED, PROCESS_TRACED, Pipeline
+from agent.process import ProcessTable, Selector
+from agent.propagation import FORMATS, Extractor
+from agent.protocols.http1 import Http1
+from agent.sampling import Sampler
+from agent.stitch import Stitcher
+from tests.unit.exchanges import BACK, CLIENT, FRONT, MILLISECOND, SERVER, exchange
+from tests.unit.kernel.wire import LAYOUT, batch, pack
+
+GET = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
+OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nhalf a"
+MALFORMED = b"GET /a b HTTP/1.1\r\n\r\n"
+NOT_STATUS = b"HTTP/1.1 abc\r\n\r\n"
+FIRST = int(Flag.FIRST)
+OWN_TGID = 999
+
+
+class Source:
+    """A kernel whose records and counters the test sets."""
+
+    def __init__(self) -> None:
+        self.batches: deque[tuple[bytes, list[int]]] = deque()
+        self.count: Counter[str] = Counter()
+        self.decisions: list[tuple[int, int, int]] = []
+        self.watermark_ns = 0
+
+    def drain(self) -> tuple[bytes, list[int]]:
+        return self.batches.popleft() if self.batches else (b"", [])
+
+    def sweep(self) -> int:
+        return self.watermark_ns
+
+    def decide(self, tgid: int, start_ns: int, state: int) -> None:
+        self.decisions.append((tgid, start_ns, state))
+
+    def counters(self) -> dict[str, int]:
+        return {name: self.count[name] for name in LAYOUT.counters}
+
+    def send(self, *records: Exchange | ProcessSeen | Segment | ConnectionClosed) -> None:
+        self.batches.append(batch([pack(record) for record in records]))
+
+
+class Sink:
+    """Keeps what it is given; says that ``waiting`` of it have not left."""
+
+    def __init__(self) -> None:
+        self.spans: list[Span] = []
+        self.waiting = 0
+        self.ticks = 0
+        self.flushed = False
+
+    def write(self, spans: Sequence[Span], now_ns: int) -> None:
+        self.spans += spans
+
+    def tick(self, now_ns: int) -> None:
+        self.ticks += 1
+
+    def flush(self) -> None:
+        self.flushed = True
+
+
+class Bench:
+    """A pipeline with doubles at both ends."""
+
+    def __init__(self, *, include: Sequence[str] = ("*",), ratio: float = 1.0, **options: object) -> None:
+        self.source, self.sink, self.seen = Source(), Sink(), []
+        self.stitcher = Stitcher(Sampler(ratio), random_bytes=Random(1).randbytes)
+        self.pipeline = Pipeline(
+            source=self.source,
+            decoder=Decoder(LAYOUT),
+            protocols=[Http1(extractor=Extractor(FORMATS))],
+            processes=ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1"),
+            selector=Selector(include, (), OWN_TGID),
+            stitcher=self.stitcher,
+            sinks=[self.sink],
+            on_process=self.seen.append,
+            **options,
+        )
+        self.now_ms = 1000
+
+    def send(self, *records: Exchange | ProcessSeen | Segment | ConnectionClosed) -> Bench:
+        """Records arrive, counted as the kernel would: each first one is an exchange begun and emitted."""
+        first = sum(1 for record in records if isinstance(record, Exchange) and record.flags & FIRST)
+        self.source.count["begun"] += first
+        self.source.count["emitted"] += first
+        self.source.send(*records)
+        self.pipeline.run_once(self.now_ms * MILLISECOND)
+        return self
+
+    def sweep(self, after_ms: int = 200) -> Bench:
+        self.now_ms += after_ms
+        self.source.watermark_ns = self.now_ms * MILLISECOND
+        self.pipeline.sweep(self.now_ms * MILLISECOND)
+        return self
+
+    def spans(self) -> list[tuple[int, str]]:
+        """(id, error.type) of every span, in order."""
+        return [
+            (int.from_bytes(span.span_id, "big"), str(dict(span.all_attributes()).get("error.type", "")))
+            for span in self.sink.spans
+        ]
+
+    def assert_balanced(self, in_flight: int | None = None) -> None:
+        books = self.pipeline.books()
+        total = books.handed_over + books.sampled_out + sum(books.dropped.values()) + books.in_flight
+        assert books.begun == total, books
+        assert books.in_flight >= 0, books
+        assert books.in_flight_agent >= 0, books
+        if in_flight is not None:
+            assert books.in_flight == in_flight, books
+
+
+def record(number: int, end: End = End.NEXT, request: bytes = GET, response: bytes = OK, **fields: object) -> Exchange:
+    """A record with data, as the kernel fills it."""
+    values: dict[str, object] = {
+        "end": int(end),
+        "request": request,
+        "response": response,
+        "request_captured": len(request),
+        "response_captured": len(response),
+        "request_bytes": len(request),
+        "response_bytes": len(response),
+        "tail": response[-8:].rjust(8, b"\0"),
+        "flags": FIRST | Flag.TAIL_VALID,
+    }
+    if not response:
+        values |= {"response_start_ns": 0, "response_end_ns": 0, "response_tid": 0, "flags": FIRST}
+    if not fields.pop("first", True):
+        values["flags"] &= ~FIRST
+    return exchange(number, **values | fields)
+
+
+def opened(number: int, **fields: object) -> Exchange:
+    """An exchange that waits for its response."""
+    return record(number, End.OPEN, response=b"", **fields)
+
+
+def closed(number: int, end: End = End.CLOSED, flags: int = 0, connection: int | None = None) -> ConnectionClosed:
+    return ConnectionClosed(4, 1, int(end), int(flags), connection or number, number, 5000 * MILLISECOND)
+
+
+# -- one record per exchange
+
+
+def test_an_exchange_becomes_a_span():
+    """The common case: one record, one span, at the sink at once."""
+    bench = Bench().send(record(1), record(2, End.CLOSED))
+    assert bench.spans() == [(1, ""), (2, "")]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_everything_that_waits_is_drained():
+    """One call empties the ring buffer, however many batches that takes, and the sinks get their tick."""
+    bench = Bench()
+    for number in range(1, 4):
+        bench.source.send(record(number))
+    assert bench.pipeline.run_once(0) == 3
+    assert len(bench.sink.spans) == 3
+    assert bench.sink.ticks == 1
+
+
+def test_what_is_malformed_is_counted_by_reason():
+    """No span is invented, the reason is counted, the next exchange is served."""
+    bench = Bench().send(record(1, request=MALFORMED), record(2, response=NOT_STATUS), record(3))
+    assert bench.spans() == [(3, "")]
+    assert bench.pipeline.dropped == {"bad_request_line": 1, "bad_status_line": 1}
+    bench.assert_balanced(in_flight=0)
+
+
+def test_an_unknown_record_is_counted():
+    """A record of another version does not disturb."""
+    bench = Bench()
+    bench.source.batches.append(batch([b"\x63\0" + bytes(62), pack(record(1))]))
+    bench.source.count["begun"] = bench.source.count["emitted"] = 1
+    bench.pipeline.run_once(0)
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.unknown_records == 1
+    bench.assert_balanced(in_flight=0)
+
+
+# -- provisional records
+
+
+def test_a_provisional_record_is_superseded_by_the_last_one():
+    """OPEN, QUIET, then the end: one span with the last word."""
+    bench = Bench().send(opened(1))
+    bench.assert_balanced(in_flight=1)
+    bench.send(record(1, End.QUIET, response=UNTIL_CLOSE, first=False))
+    assert bench.spans() == []
+    bench.assert_balanced(in_flight=1)
+    bench.send(record(1, End.CLOSED, response=UNTIL_CLOSE + b"nd more", end_ms=1300, first=False))
+    assert bench.spans() == [(1, "")]
+    assert bench.sink.spans[0].end_time_ns == 1300 * MILLISECOND
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_quiet_response_that_is_whole_is_a_span_at_once():
+    """Content-Length reached: nothing more is waited for, and what follows is superseded."""
+    bench = Bench().send(record(1, End.QUIET))
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.pending == 0
+    bench.send(record(1, End.CLOSED, first=False), closed(1))
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.superseded == 1
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_response_that_came_after_an_announcement_is_a_span():
+    """A slow request, then its whole response."""
+    bench = Bench().send(opened(1)).send(record(1, End.QUIET, first=False))
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.pending == 0
+    bench.assert_balanced(in_flight=0)
+
+
+@pytest.mark.parametrize(
+    ("end", "flags", "error"),
+    [
+        (End.CLOSED, 0, ""),
+        (End.RESET, 0, "client_disconnect"),
+    ],
+)
+def test_a_close_ends_what_was_reported(end, flags, error):
+    """The close record of a response that lasts until the close."""
+    bench = Bench().send(record(1, End.QUIET, response=UNTIL_CLOSE)).send(closed(1, end, flags))
+    assert bench.spans() == [(1, error)]
+    assert bench.pipeline.pending == 0
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_close_brings_the_peers_flag_and_the_time():
+    """A client that left before any response: the flag of the close says who it was."""
+    bench = Bench().send(opened(1)).send(closed(1, End.CLOSED, Flag.PEER_CLOSED))
+    assert bench.spans() == [(1, "client_disconnect")]
+    assert bench.sink.spans[0].end_time_ns == 5000 * MILLISECOND
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_close_of_something_else_is_nothing():
+    """A close without an exchange, or of one that ended, changes nothing."""
+    bench = Bench().send(opened(1)).send(closed(0, connection=9), closed(2))
+    assert bench.spans() == []
+    bench.assert_balanced(in_flight=1)
+
+
+def test_the_next_request_ends_what_its_connection_had():
+    """The last record of an announced exchange was lost: the next one on the connection shows that it is over."""
+    bench = Bench().send(record(1, End.QUIET, response=UNTIL_CLOSE, connection_id=5))
+    bench.send(record(2, connection_id=5))
+    assert [number for number, _ in bench.spans()] == [1, 2]
+    assert bench.pipeline.pending == 0
+    bench.assert_balanced(in_flight=0)
+
+
+def test_two_connections_do_not_end_each_other():
+    """Only the same connection's next request says that."""
+    bench = Bench().send(opened(1, connection_id=5)).send(record(2, connection_id=6))
+    assert bench.spans() == [(2, "")]
+    bench.assert_balanced(in_flight=1)
+
+
+def test_what_is_never_heard_of_again_expires():
+    """Its last record was lost: after the limit it is a span that timed out."""
+    bench = Bench(pending_timeout_ns=1_000_000_000).send(opened(1), opened(2, start=1500))
+    bench.sweep(900)
+    assert bench.spans() == []
+    bench.sweep(200)
+    assert bench.spans() == [(1, "timeout")]
+    bench.sweep(1000)
+    assert bench.spans() == [(1, "timeout"), (2, "timeout")]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_report_renews_the_limit():
+    """A response that still flows is not given up."""
+    bench = Bench(pending_timeout_ns=1_000_000_000).send(opened(1))
+    bench.sweep(900)
+    bench.send(record(1, End.QUIET, response=UNTIL_CLOSE, end_ms=1900, first=False))
+    bench.sweep(900)
+    assert bench.spans() == []
+    bench.sweep(300)
+    assert [number for number, _ in bench.spans()] == [1]
+
+
+def test_pending_exchanges_are_bounded():
+    """At the bound the oldest is finished as it is known; what comes of it later is superseded."""
+    bench = Bench(max_pending=10)
+    for number in range(1, 16):
+        bench.send(record(number, End.QUIET, response=UNTIL_CLOSE))
+    assert bench.pipeline.pending == 10
+    assert [number for number, _ in bench.spans()] == [1, 2, 3, 4, 5]
+    bench.send(closed(1), record(2, End.CLOSED, first=False))
+    assert bench.pipeline.superseded == 1
+    bench.assert_balanced(in_flight=10)
+
+
+def test_an_announced_exchange_that_turns_out_malformed_is_dropped_and_forgotten():
+    """The request waited, the answer was none of HTTP: counted, no span, nothing kept, its calls are let go."""
+    bench = Bench().send(opened(1))
+    bench.send(record(3, role=CLIENT, parent_id=1, start=1001, end_ms=1002))
+    bench.send(record(1, response=NOT_STATUS, first=False))
+    assert bench.pipeline.dropped == {"bad_status_line": 1}
+    for _ in range(3):
+        bench.sweep()
+    assert [number for number, _ in bench.spans()] == [3]
+    assert not bench.stitcher._announced
+    assert not bench.stitcher._recent
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_malformed_announced_exchange_releases_what_waits_for_it():
+    """It waited for its own peer; when it is dropped, what depends on it is decided without it."""
+    bench = Bench().send(opened(2, peer_id=77))
+    bench.send(record(3, role=CLIENT, parent_id=2, start=1001, end_ms=1002))
+    bench.send(record(2, response=NOT_STATUS, first=False))
+    for _ in range(3):
+        bench.sweep()
+    assert [number for number, _ in bench.spans()] == [3]
+    assert (bench.stitcher.held, len(bench.stitcher._undecided)) == (0, 0)
+    bench.assert_balanced(in_flight=0)
+
+
+# -- races between the kernel's sweep and the connection's own records
+
+
+def test_a_swept_exchange_that_is_reported_as_new_once_more_is_one_span():
+    """The next request came while the sweep made its report: both records claim to be the first."""
+    bench = Bench().send(record(1, End.QUIET))
+    bench.source.count["emitted"] += 1
+    bench.source.send(record(1, End.NEXT))
+    bench.pipeline.run_once(0)
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.superseded == 1
+    bench.assert_balanced(in_flight=0)
+
+
+@pytest.mark.parametrize("sweeps", [0, 1])
+def test_swept_ids_are_remembered_for_a_sweep(sweeps):
+    """The race lasts no longer than from one sweep to the next, and neither does the memory."""
+    bench = Bench().send(record(1, End.QUIET))
+    for _ in range(sweeps):
+        bench.sweep()
+    bench.source.count["emitted"] += 1
+    bench.source.send(record(1, End.NEXT))
+    bench.pipeline.run_once(0)
+    assert bench.spans() == [(1, "")]
+    bench.sweep().sweep()
+    assert not bench.pipeline._swept
+    assert not bench.pipeline._swept_before
+    bench.assert_balanced(in_flight=0)
+
+
+@pytest.mark.parametrize("last", [End.NEXT, End.CLOSED])
+@pytest.mark.parametrize("response", [b"", UNTIL_CLOSE])
+def test_an_announced_exchange_that_is_reported_as_new_once_more_is_one_span(last, response):
+    """The same race when the sweep's report did not end the exchange."""
+    bench = Bench().send(record(1, End.QUIET if response else End.OPEN, response=response))
+    bench.source.count["emitted"] += 1
+    bench.source.send(record(1, last, response=OK))
+    bench.pipeline.run_once(0)
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.pending == 0
+    bench.assert_balanced(in_flight=0)
+
+
+# -- processes
+
+
+def test_the_kernel_is_told_once_what_is_selected():
+    """A process is decided at its announcement, or at its first exchange when that was lost."""
+    bench = Bench(include=["nginx"])
+    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "nginx", "nginx"), ProcessSeen(*BACK, 0, 0, 1, "curl", "curl"))
+    bench.send(record(1), record(2, process=BACK), record(3, process=BACK), record(4, process=(7, 7)))
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.dropped == {"not_selected": 3}
+    assert bench.source.decisions == [(*FRONT, PROCESS_TRACED), (*BACK, PROCESS_IGNORED), (7, 7, PROCESS_IGNORED)]
+    assert [info.key for info in bench.seen] == [FRONT, BACK, (7, 7)]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_the_agent_itself_is_never_traced():
+    """Its own exports are no traffic."""
+    bench = Bench().send(record(1, process=(OWN_TGID, 5)))
+    assert bench.spans() == []
+    assert bench.source.decisions == [(OWN_TGID, 5, PROCESS_IGNORED)]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_later_records_of_what_is_not_selected_are_not_counted_again():
+    """One exchange, one drop."""
+    bench = Bench(include=["nothing"]).send(opened(1)).send(record(1, End.CLOSED, first=False), closed(1))
+    assert bench.pipeline.dropped == {"not_selected": 1}
+    bench.assert_balanced(in_flight=0)
+
+
+def test_decisions_are_bounded():
+    """Beyond the bound decisions are made anew, not kept."""
+    bench = Bench(max_processes=8)
+    for number in range(1, 101):
+        bench.send(record(number, process=(number, 1)))
+    assert len(bench.pipeline._decided) <= 8
+    assert len(bench.sink.spans) == 100
+
+
+def test_an_interleaving_language_has_no_thread_parents():
+    """The language of the process decides whether the kernel's parent is believed."""
+    bench = Bench()
+    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "node", "node"), ProcessSeen(*BACK, 0, 0, 1, "python3", "python3"))
+    assert bench.pipeline.threads_interleave(FRONT)
+    assert not bench.pipeline.threads_interleave(BACK)
+    assert not bench.pipeline.threads_interleave((1, 1))
+
+
+# -- pipelined connections
+
+
+def segment(direction: int, data: bytes, offset: int = 0, connection: int = 50, **fields: object) -> Segment:
+    values: dict[str, object] = dict.fromkeys(Segment.__struct_fields__, 0)
+    values |= {"kind": 3, "role": SERVER, "tgid": FRONT[0], "process_start_ns": FRONT[1], "time_ns": 2000 * MILLISECOND}
+    values |= {"direction": direction, "connection_id": connection, "offset": offset, "data": data}
+    values |= {"captured": len(data), "length": len(data), "local_address": bytes(16), "remote_address": bytes(16)}
+    return Segment(**values | fields)
+
+
+def streamed(bench: Bench, *records: Segment | ConnectionClosed) -> Bench:
+    """The kernel hands the first exchange of a connection over to stream mode."""
+    bench.source.count["begun"] += 1
+    bench.source.count["streamed"] += 1
+    return bench.send(*records)
+
+
+def test_pipelined_requests_are_a_span_each():
+    """Three requests in one segment, their answers in another."""
+    bench = streamed(Bench(), segment(1, GET * 3), segment(2, OK * 3))
+    assert [error for _, error in bench.spans()] == ["", "", ""]
+    assert bench.pipeline.streams == 1
+    bench.assert_balanced(in_flight=0)
+    bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 0, 3000 * MILLISECOND))
+    assert bench.pipeline.streams == 0
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_close_ends_the_outstanding_pipelined_requests():
+    """What had no answer ends with the close's reason."""
+    bench = streamed(Bench(), segment(1, GET * 2), segment(2, OK))
+    bench.send(ConnectionClosed(4, 1, int(End.RESET), 0, 50, 0, 3000 * MILLISECOND))
+    assert [error for _, error in bench.spans()] == ["", "client_disconnect"]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_lost_segments_are_counted_as_exchanges_lost():
+    """A gap where framing matters loses what was outstanding, by count."""
+    bench = streamed(Bench(), segment(1, GET * 2), segment(2, OK[:10], length=60))
+    bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 0, 3000 * MILLISECOND))
+    assert bench.spans() == []
+    assert bench.pipeline.dropped["stream_lost"] == 2
+    bench.assert_balanced(in_flight=0)
+
+
+def test_pipelined_connections_are_bounded():
+    """At the bound the oldest is closed; what it owed is counted."""
+    bench = Bench(max_pending=4)
+    for number in range(1, 11):
+        streamed(bench, segment(1, GET, connection=number))
+    assert bench.pipeline.streams == 4
+    assert bench.pipeline.dropped["stream_lost"] == 6
+    bench.assert_balanced(in_flight=0)
+
+
+def test_pipelined_exchanges_of_a_process_that_is_not_selected_are_dropped():
+    """Selection holds in stream mode, too."""
+    bench = streamed(Bench(include=["nothing"]), segment(1, GET * 2), segment(2, OK * 2))
+    assert bench.spans() == []
+    assert bench.pipeline.dropped["not_selected"] == 2
+    bench.assert_balanced(in_flight=0)
+
+
+def test_an_announced_exchange_that_becomes_pipelined_is_one_span():
+    """The first request waited long enough to be announced, then a second one followed: it is not told twice."""
+    bench = Bench().send(opened(1, connection_id=50))
+    bench.source.count["streamed"] += 1
+    bench.send(segment(1, GET), segment(1, GET, offset=len(GET)), segment(2, OK * 2))
+    bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 1, 3000 * MILLISECOND))
+    bench.sweep(10_000_000)
+    assert [error for _, error in bench.spans()] == ["", ""]
+    assert bench.pipeline.pending == 0
+    assert not bench.stitcher._announced
+    bench.assert_balanced(in_flight=0)
+
+
+# -- books
+
+
+def test_what_waits_in_a_sink_or_for_its_place_is_in_flight():
+    """Held spans and those that a sink has not passed on are neither lost nor done."""
+    bench = Bench().send(record(2, role=CLIENT, parent_id=1, start=1001, end_ms=1009))
+    bench.assert_balanced(in_flight=1)
+    bench.sink.waiting = 0
+    bench.send(record(1))
+    bench.assert_balanced(in_flight=0)
+
+
+def test_what_is_in_the_ring_buffer_is_in_flight():
+    """The kernel has emitted it, nobody has read it."""
+    bench = Bench()
+    bench.source.count.update(begun=3, emitted=2, dropped_ring_full=1)
+    bench.assert_balanced(in_flight=2)
+    assert bench.pipeline.books().dropped == {"ring_full": 1}
+
+
+def test_the_end_hands_over_what_is_complete():
+    """Shutdown places what waits and flushes the sinks; what has not ended stays in flight."""
+    bench = Bench().send(record(2, role=CLIENT, parent_id=1, start=1001, end_ms=1009), opened(5))
+    bench.pipeline.finish(0)
+    assert [number for number, _ in bench.spans()] == [2]
+    assert bench.sink.flushed
+    bench.assert_balanced(in_flight=1)
+
+
+REPORTS = ("wait", "quiet", "whole", "end", "garbled end", "close")
+
+
+class Machine:
+    """A kernel that makes up connections and keeps its counters as bpf/exchange.bpf.h does."""
+
+    def __init__(self, bench: Bench, may_stream_announced: bool) -> None:
+        self.bench = bench
+        self.streamable = ("", "wait") if may_stream_announced else ("",)  # a second request before any response
+        self.number = 0
+        self.open: dict[int, tuple[Exchange, str]] = {}  # connection -> exchange, its last report
+
+    def emit(self, one: Exchange, fate: str) -> None:
+        """Send a first or later record, or lose it."""
+        count = self.bench.source.count
+        first = bool(one.flags & FIRST)
+        if fate == "lost":
+            count["dropped_ring_full" if first else "reemit_lost"] += 1
+        else:
+            count["emitted" if first else "reemitted"] += 1
+            self.bench.source.send(one)
+
+    def step(self, action: str, connection: int, fate: str) -> None:
+        count = self.bench.source.count
+        known = self.open.get(connection)
+        if action == "begin" and known is None:
+            self.number += 1
+            request = MALFORMED if fate == "malformed" else GET
+            process = BACK if connection == 3 else FRONT
+            one = record(self.number, request=request, connection_id=connection, process=process, response=b"")
+            self.open[connection] = (one, "")
+            count["begun"] += 1
+        elif action in ("cancel", "give up") and known is not None and not known[1]:
+            del self.open[connection]
+            count["cancelled" if action == "cancel" else "dropped_not_http"] += 1
+        elif action == "stream" and known is not None and known[1] in self.streamable:
+            del self.open[connection]
+            count["streamed"] += 1
+            stream = 100 + self.number
+            data = GET * 2
+            sent = [segment(1, data, connection=stream), segment(2, OK, connection=stream)]
+            if fate == "lost":
+                sent.pop(0)
+            if known[1]:
+                sent = [segment(1, data, connection=connection), segment(2, OK, connection=connection)]
+                stream = connection
+            self.bench.source.send(*sent)
+            self.bench.source.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, stream, 0, 9 * MILLISECOND))
+        elif known is not None and action in REPORTS:
+            self.report(action, connection, fate, *known)
+
+    def report(self, action: str, connection: int, fate: str, one: Exchange, reported: str) -> None:
+        if action == "wait" and reported:
+            return  # an announcement is made once
+        response = {"quiet": UNTIL_CLOSE, "whole": OK, "end": OK, "garbled end": NOT_STATUS}.get(action, b"")
+        end = {"wait": End.OPEN, "quiet": End.QUIET, "whole": End.QUIET}.get(action, End.CLOSED)
+        if action == "close" and reported:
+            del self.open[connection]
+            if fate != "lost":
+                self.bench.source.send(closed(one.exchange_id, connection=connection))
+            else:
+                self.bench.source.count["closes_lost"] += 1
+            return
+        sent = record(
+            one.exchange_id,
+            end,
+            request=one.request,
+            response=response,
+            connection_id=connection,
+            process=(one.tgid, one.process_start_ns),
+            first=not reported,
+        )
+        if end is End.CLOSED:
+            del self.open[connection]
+        elif fate == "lost":
+            return  # the sweep tries again
+        else:
+            self.open[connection] = (one, action)
+        self.emit(sent, fate)
+
+
+ACTIONS = st.tuples(
+    st.sampled_from([*["begin"] * 5, *REPORTS, "end", "cancel", "give up", "stream"]),
+    st.integers(1, 4),
+    st.sampled_from(["fine"] * 6 + ["lost", "malformed"]),
+    st.sampled_from(["", "drain", "sweep"]),
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(ACTIONS, max_size=60), st.sampled_from([1.0, 0.5, 0.0]), st.sampled_from([2, 1000]))
+def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
+    """Whatever the kernel sends or loses, what began is handed over, sampled out, dropped or in flight, exactly."""
+    bench = Bench(ratio=ratio, max_pending=max_pending, include=["nginx"], pending_timeout_ns=10**9)
+    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "nginx", "nginx"))
+    machine = Machine(bench, may_stream_announced=max_pending == 1000)
+    for action, connection, fate, then in actions:
+        machine.step(action, connection, fate)
+        if then == "drain":
+            bench.send()
+        elif then == "sweep":
+            bench.sweep()
+        bench.assert_balanced()
+    bench.send()
+    for connection in list(machine.open):
+        machine.step("close", connection, "fine")
+    bench.send()
+    bench.sweep(10_000).sweep(10_000)
+    bench.assert_balanced(in_flight=0)
+    ids = [number for number, _ in bench.spans()]
+    assert len(set(ids)) == len(ids), "a span was made twice"
+    assert bench.pipeline.pending == bench.pipeline.streams == bench.stitcher.held == 0
+    assert not bench.stitcher._announced
