@@ -731,10 +731,25 @@ __noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 
 	return 0;
 }
 
+/* Segments made of one plain buffer: many pipelined responses are read at once. What is longer is mostly a body. */
+#define SEGMENTS_PER_TRANSFER 4
+
+__noinline int stream_buffer(__u64 sock, __u64 buffer, __u64 length, __u64 response)
+{
+	for (int i = 1; i < SEGMENTS_PER_TRANSFER && length > SEGMENT_CAP; i++) {
+		stream_segment(sock, buffer, 0, SEGMENT_CAP, response);
+		buffer += SEGMENT_CAP;
+		length -= SEGMENT_CAP;
+	}
+	return stream_segment(sock, buffer, 0, length, response);
+}
+
 static __always_inline void stream_transfer(__u64 sock, const struct transfer *transfer, bool response)
 {
-	stream_segment(sock, transfer->iov ? transfer->iov : transfer->buffer, transfer->iov ? transfer->iov_count : 0,
-		       transfer->length, response);
+	if (transfer->iov)
+		stream_segment(sock, transfer->iov, transfer->iov_count, transfer->length, response);
+	else
+		stream_buffer(sock, transfer->buffer, transfer->length, response);
 }
 
 /* Puts a pipelined connection into stream mode. The bytes captured so far become its first request segment. */

@@ -105,11 +105,11 @@ def test_sigterm_exports_what_is_complete(tmp_path: Path, collector: Collector, 
 
 
 def test_sigterm_is_obeyed_under_overload(tmp_path: Path, collector: Collector, start, serve, public_path: Path):
-    """Traffic that comes faster than it can be taken does not keep the agent from ending, nor its books from closing."""
+    """Traffic that comes faster than it can be taken does not keep the agent from ending; its books close."""
     port = free_port()
-    serve(servers.nginx(port, public_path, workers=2), port)
+    serve(servers.nginx(port, public_path, workers=4), port)
     with AgentProcess(tmp_path, collector, [port]) as tracing:
-        load = start(["wrk", "-t2", "-c64", "-d60s", f"http://127.0.0.1:{port}/status/200"])
+        load = start(["wrk", "-t4", "-c128", "-d60s", f"http://127.0.0.1:{port}/status/200"])
         lost = "spanloom_exchanges_dropped_total{reason=ring_full}"
         wait_until(lambda: tracing.metrics().get(lost, 0) > 1000, "the agent is overloaded", 40)
         began = time.monotonic()
