@@ -539,7 +539,7 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 }
 
 /* A request whose head is longer than this is not searched for a second one behind it. */
-#define PIPELINE_SCAN 2048
+#define PIPELINE_SCAN 1024
 #define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
 
 /* A request line ends somewhere behind `from` in the captured bytes. Of any four bytes in a row of "P/1." every fourth
@@ -593,32 +593,38 @@ __noinline int holds_second_request(__u64 sock)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 	struct first_bytes first = { .length = 8 };
-	__u64 length;
+	__u64 length, behind;
 
 	if (!connection)
 		return 0;
 	length = connection->data_length;
-	for (__u64 i = 3; i < PIPELINE_SCAN; i += 4) {
-		__u64 start = i - 3;
-
+	connection->cursor_offset = 0;
+	for (__u64 i = 15; i < PIPELINE_SCAN; i += 4) { /* what comes before are empty lines in front of the first one */
 		if (i + 9 >= length || i >= request_cap)
 			break;
 		if (connection->data[i] != '\r' && connection->data[i] != '\n')
 			continue;
 		/* One of the four windows that hold byte i is the blank line. */
-		if (*(__u32 *)(connection->data + start) != CRLFCRLF && *(__u32 *)(connection->data + ++start) != CRLFCRLF &&
-		    *(__u32 *)(connection->data + ++start) != CRLFCRLF &&
-		    *(__u32 *)(connection->data + ++start) != CRLFCRLF)
+		if (*(__u32 *)(connection->data + i - 3) == CRLFCRLF)
+			connection->cursor_offset = i + 1;
+		else if (*(__u32 *)(connection->data + i - 2) == CRLFCRLF)
+			connection->cursor_offset = i + 2;
+		else if (*(__u32 *)(connection->data + i - 1) == CRLFCRLF)
+			connection->cursor_offset = i + 3;
+		else if (*(__u32 *)(connection->data + i) == CRLFCRLF)
+			connection->cursor_offset = i + 4;
+		else
 			continue;
-		if (start < 12)
-			continue; /* empty lines in front of the first one */
-		if (!is_bodyless(connection))
-			return holds_request_line(sock, start + 4);
-		if (bpf_probe_read_kernel(&first.word, 8, connection->data + start + 4))
-			return 0;
-		return start + 12 <= length && is_common_request(&first);
+		break;
 	}
-	return 0;
+	behind = unfollowed(connection->cursor_offset);
+	if (!behind || behind >= request_cap)
+		return 0;
+	if (!is_bodyless(connection))
+		return holds_request_line(sock, behind);
+	if (behind + 8 > length || bpf_probe_read_kernel(&first.word, 8, connection->data + behind))
+		return 0;
+	return is_common_request(&first);
 }
 
 /* The captured request ends in a blank line: what comes next in its direction is a body or another request. */

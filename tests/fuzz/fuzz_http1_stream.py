@@ -114,7 +114,7 @@ def check_exchange(exchange: Exchange, closed: bool) -> None:
     if not closed:
         assert exchange.end in (End.NEXT, End.HANDED_OVER)
         assert call.complete, exchange
-        assert "http.response.status_code" in dict(call.attributes)
+        assert "http.response.status_code" in dict(call.all_attributes())
 
 
 def check(data: bytes) -> int:
