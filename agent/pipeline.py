@@ -6,6 +6,7 @@ time, what began, what left, what was dropped and why, and what is on its way.
 
 from __future__ import annotations
 
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Protocol
@@ -70,11 +71,23 @@ class Books(msgspec.Struct, frozen=True, kw_only=True):
         return self.in_flight_kernel + self.in_flight_agent
 
 
+class _Account(msgspec.Struct, frozen=True, kw_only=True):
+    """The agent's side of the books at one moment."""
+
+    received: int = 0
+    streamed: int = 0
+    handed_over: int = 0
+    sampled_out: int = 0
+    dropped: dict[str, int] = {}
+    waiting: int = 0
+
+
 class Pipeline:
     """Runs the stages over batches. Not thread-safe: one thread feeds it.
 
     Bounds: ``max_pending`` exchanges that were reported before their end (the oldest is finished as it is known),
-    ``max_pending`` pipelined connections, ``max_processes`` decisions on processes.
+    ``max_pending`` pipelined connections, ``max_processes`` decisions on processes. ``ring_bytes`` is the size of the
+    ring buffer: one ``run_once`` takes at most about as much, however fast it is filled.
     """
 
     def __init__(
@@ -91,7 +104,11 @@ class Pipeline:
         max_pending: int = 32768,
         max_processes: int = 16384,
         pending_timeout_ns: int = 660_000_000_000,
+        ring_bytes: int = 8 << 20,
     ) -> None:
+        self._ring_bytes = ring_bytes
+        self.sweep_ns = 0
+        """How long the last sweep took in the kernel, without what it brought."""
         self._source = source
         self._decoder = decoder
         self._parsers = [protocol.parse for protocol in protocols]
@@ -119,6 +136,7 @@ class Pipeline:
         """Exchanges made from the segments of pipelined connections."""
         self.handed_over = 0
         self.dropped: Counter[str] = Counter()
+        self._account = _Account()
         self.superseded = 0
         """Records of exchanges that had been finished already."""
         self._handlers = {
@@ -129,13 +147,14 @@ class Pipeline:
         }
 
     def run_once(self, now_ns: int) -> int:
-        """Take everything that is in the ring buffer. Returns the number of records."""
-        total = 0
-        while True:
+        """Take what is in the ring buffer now, and not what may follow forever. Returns the number of records."""
+        total = taken_bytes = 0
+        while taken_bytes < self._ring_bytes:
             batch, offsets = self._source.drain()
             if not offsets:
                 break
             total += len(offsets)
+            taken_bytes += len(batch)
             self.feed(batch, offsets, now_ns)
         for sink in self._sinks:
             sink.tick(now_ns)
@@ -150,7 +169,9 @@ class Pipeline:
 
     def sweep(self, now_ns: int) -> None:
         """Let the kernel report what is quiet, take all of it, and decide what the new watermark allows."""
+        began_ns = time.monotonic_ns()
         watermark_ns = self._source.sweep()
+        self.sweep_ns = time.monotonic_ns() - began_ns
         self.run_once(now_ns)
         self._stitcher.advance(watermark_ns, now_ns)
         self._swept_before, self._swept = self._swept, set()
@@ -166,22 +187,37 @@ class Pipeline:
 
     def books(self) -> Books:
         """The account of everything since the start; see Books."""
+        # Another thread may ask in the middle of a batch: the agent's own numbers are those of the last whole batch,
+        # and what was read since then still counts as in the kernel, which is asked last, or it would be behind.
+        account = self._account
         kernel = self._source.counters()
-        dropped = Counter(self.dropped)
+        dropped = Counter(account.dropped)
         for name in ("ring_full", "state_full", "not_http"):
             dropped[name] += kernel[f"dropped_{name}"]
         dropped["write_refused"] += kernel["cancelled"]
-        lost = sum(stream.lost for stream in self._streams.values())
-        dropped["stream_lost"] += lost
         left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
         left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
         return Books(
-            begun=kernel["begun"] - kernel["streamed"] + self.streamed + lost,
+            begun=kernel["begun"] - kernel["streamed"] + account.streamed,
+            handed_over=account.handed_over,
+            sampled_out=account.sampled_out,
+            dropped=+dropped,
+            in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - account.received,
+            in_flight_agent=account.waiting,
+        )
+
+    def _close_account(self) -> None:
+        """Note the agent's side of the books, between two batches, where it adds up."""
+        lost = sum(stream.lost for stream in self._streams.values())
+        dropped = Counter(self.dropped)
+        dropped["stream_lost"] += lost
+        self._account = _Account(
+            received=self.received,
+            streamed=self.streamed + lost,
             handed_over=self.handed_over,
             sampled_out=self._stitcher.sampled_out,
-            dropped=+dropped,
-            in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - self.received,
-            in_flight_agent=len(self._pending) + self._stitcher.held + sum(sink.waiting for sink in self._sinks),
+            dropped=dropped,
+            waiting=len(self._pending) + self._stitcher.held,
         )
 
     @property
@@ -205,6 +241,7 @@ class Pipeline:
             self.handed_over += len(spans)
             for sink in self._sinks:
                 sink.write(spans, now_ns)
+        self._close_account()
 
     # -- exchanges
 
@@ -248,6 +285,10 @@ class Pipeline:
             if older == exchange_id:
                 self.received -= 1  # the same race, and the report did not end the exchange
                 is_first = False
+            elif exchange.end <= _QUIET and self._stitcher.knows(exchange_id):
+                self.received -= 1  # the same race the other way round: the exchange's end came before the report
+                self.superseded += 1
+                return
             elif older is not None:
                 self._finish(msgspec.structs.replace(self._forget_pending(older), end=int(End.NEXT)))
         elif exchange_id not in self._pending:

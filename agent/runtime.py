@@ -127,6 +127,7 @@ class Agent:
             sinks=sinks,
             on_process=lambda info: self.batcher.forget_resource(info.key) if self.batcher else None,
             max_pending=config.limits.connections,
+            ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
@@ -164,7 +165,7 @@ class Agent:
             if now_ns >= next_sweep_ns:
                 self.pipeline.sweep(now_ns)
                 # A sweep over very many connections may take long: it gets a tenth of the time at most.
-                next_sweep_ns = now_ns + max(sweep_ns, 10 * (time.monotonic_ns() - now_ns))
+                next_sweep_ns = now_ns + max(sweep_ns, 10 * self.pipeline.sweep_ns)
             else:
                 self.pipeline.run_once(now_ns)
 

@@ -180,6 +180,10 @@ class Stitcher:
             )
             self._enter(node, exchange)
 
+    def knows(self, exchange_id: int) -> bool:
+        """Whether the exchange was added or announced not long ago."""
+        return self._find(exchange_id) is not None
+
     def withdraw(self, exchange_id: int) -> None:
         """Forget an announced exchange that makes no span after all; does nothing when it was not announced."""
         node = self._announced.pop(exchange_id, None)
@@ -187,6 +191,12 @@ class Stitcher:
             return
         self._recent.pop(exchange_id, None)
         self._previous.pop(exchange_id, None)
+        self._undecided.pop(exchange_id, None)
+        waiting = self._expected.get(node.target_id)
+        if waiting is not None and node in waiting:
+            waiting.remove(node)
+            if not waiting:
+                del self._expected[node.target_id]
         for generation in (self._served, self._served_before):
             index = generation.get(node.process, {})
             for key in (node.context.trace_id if node.context is not None else b"", node.request_id):

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
     from agent.kernel.records import Decoder
-    from agent.model import ConnectionClosed, Exchange, Flag, ProcessSeen, Segment, Span
+    from agent.model import ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
     from agent.pipeline import Pipeline
     from agent.process import ProcessTable, Selector
     from agent.propagation import FORMATS, Extractor
@@ -43,6 +43,7 @@ SWEEP_NS = 10**9
 def pieces(data: bytes) -> list[bytes]:
     """Turn an input into the bytes of each record."""
     found = []
+    ended: set[int] = set()
     position = 0
     while position + 2 <= len(data) and len(found) < RECORDS_MAX:
         length = int.from_bytes(data[position : position + 2], "big")
@@ -53,6 +54,13 @@ def pieces(data: bytes) -> list[bytes]:
         # The kernel program's own numbers, role and end or direction, are what the layout's check found them to be.
         record[2] = 1 + (record[2] - 1) % 2
         record[3] = 1 + (record[3] - 1) % (2 if kind == 3 else 7)
+        if kind == 1:  # an exchange belongs to one connection, which may have several
+            exchange_id = int.from_bytes(record[8:16], "little")
+            record[32:40] = (exchange_id >> 1).to_bytes(8, "little")
+            if record[3] > End.QUIET:  # and ends once
+                if exchange_id in ended:
+                    record[4] &= ~Flag.FIRST & 0xFF
+                ended.add(exchange_id)
         found.append(bytes(record))
     return found
 

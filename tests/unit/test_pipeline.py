@@ -379,6 +379,18 @@ def test_an_announced_exchange_that_is_reported_as_new_once_more_is_one_span(las
     bench.assert_balanced(in_flight=0)
 
 
+@pytest.mark.parametrize("provisional", [End.OPEN, End.QUIET])
+def test_a_report_that_comes_after_the_end_is_superseded(provisional):
+    """The same race the other way round: the sweep had made up its mind, and the end was quicker."""
+    bench = Bench().send(record(1, End.CLOSED))
+    bench.source.count["emitted"] += 1
+    bench.source.send(record(1, provisional, response=b"" if provisional is End.OPEN else UNTIL_CLOSE))
+    bench.pipeline.run_once(0)
+    assert bench.spans() == [(1, "")]
+    assert (bench.pipeline.pending, bench.pipeline.superseded) == (0, 1)
+    bench.assert_balanced(in_flight=0)
+
+
 # -- processes
 
 
