@@ -61,7 +61,7 @@ def _read_file(path: Path) -> str:
             data = file.read(MAX_FILE_BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         reason = getattr(error, "strerror", None) or str(error)
-        raise ConfigError(f"{ascii(str(path))}: cannot read the configuration file: {reason}") from None
+        raise ConfigError(f"{str(path)!a}: cannot read the configuration file: {reason}") from None
     if len(data) > MAX_FILE_BYTES:
         raise ConfigError(f"{path}: the configuration file is larger than {MAX_FILE_BYTES} bytes")
     try:

@@ -39,6 +39,9 @@ _log = logging.getLogger("spanloom.runtime")
 SHUTDOWN_SECONDS = 4.0
 """How long the exporter may take for the last batches: with the rest of the shutdown this stays below 5 s."""
 
+CLOCK_TOLERANCE_NS = 500_000
+"""How far the clock of the host may be adjusted before spans follow it."""
+
 
 class ConsoleSink:
     """Prints spans. Nothing waits here that counts as in flight: printing is the end of a span's way."""
@@ -161,7 +164,7 @@ class Agent:
             self.capture.wait(kernel.poll_seconds)
             self._stepped_at = time.monotonic()
             now_ns = time.monotonic_ns()
-            self.stitcher.clock_offset_ns = time.time_ns() - now_ns
+            self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
             if now_ns >= next_sweep_ns:
                 self.pipeline.sweep(now_ns)
                 # A sweep over very many connections may take long: it gets a tenth of the time at most.
@@ -215,6 +218,21 @@ def run(config: Config) -> int:
     finally:
         agent.close()
     return 0
+
+
+def _clock_offset_ns(known_ns: int) -> int:
+    """Return Unix time minus CLOCK_MONOTONIC, or ``known_ns`` as long as that is right to CLOCK_TOLERANCE_NS.
+
+    Spans of one trace are made in different rounds of the loop: an offset that follows every reading moves them against
+    each other by however long this thread lost the CPU between the two clocks.
+    """
+    before_ns = time.monotonic_ns()
+    unix_ns = time.time_ns()
+    after_ns = time.monotonic_ns()
+    lowest_ns, highest_ns = unix_ns - after_ns, unix_ns - before_ns
+    if lowest_ns - CLOCK_TOLERANCE_NS <= known_ns <= highest_ns + CLOCK_TOLERANCE_NS:
+        return known_ns
+    return (lowest_ns + highest_ns) // 2
 
 
 def _capture_settings(config: Config) -> CaptureSettings:

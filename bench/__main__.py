@@ -225,7 +225,7 @@ def wrk(port: int, seconds: float) -> float:
 
 
 def measure_nginx(rounds: int, seconds: float) -> dict[str, object]:
-    """Requests per second of a saturated nginx, attached over not attached, in alternating rounds; and ns per program."""
+    """Requests per second of a saturated nginx, attached over not attached, in alternating rounds; ns per program."""
     plain: list[tuple[float, float]] = []
     traced: list[tuple[float, float]] = []
     programs: dict[str, dict[str, float]] = {}
@@ -313,8 +313,8 @@ def table(result: dict) -> str:
             "  spans/s   CPU µs/span   complete %   core %   RSS MB   peak MB   dropped",
         ]
         lines += [
-            f"  {one['rate']:>7.0f} {one['cpu_us_per_span']:>13} {one['complete_percent']:>12} {one['core_percent']:>8} "
-            f"{one['rss_mb']:>8} {one['peak_mb']:>9} {one['dropped']:>9.0f}"
+            f"  {one['rate']:>7.0f} {one['cpu_us_per_span']:>13} {one['complete_percent']:>12} "
+            f"{one['core_percent']:>8} {one['rss_mb']:>8} {one['peak_mb']:>9} {one['dropped']:>9.0f}"
             for one in result["spans"]
         ]
         lines.append("")

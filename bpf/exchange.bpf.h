@@ -878,7 +878,7 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 					      __u64 now, __u64 pid_tgid, bool entering)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	bool starts = connection->state == STATE_REQUEST;
+	bool starts = connection->state == STATE_REQUEST, foreign = false;
 	__u32 limit = 0, before, absorbed;
 	__u64 length, offset;
 
@@ -895,7 +895,8 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 
 		if (looks & LOOK_FAILED)
 			return;
-		if (!(looks & LOOKS_RESPONSE)) {
+		foreign = !(looks & LOOKS_RESPONSE);
+		if (foreign && !connection->reports) {
 			abandon(connection, COUNTER_DROPPED_NOT_HTTP, now);
 			connection->mode = MODE_IGNORED;
 			return;
@@ -920,6 +921,12 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 	exchange->response_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
+	if (foreign) {
+		/* User space knows of the exchange: it gets to see that the answer is no HTTP, and drops it. */
+		finish(connection, END_CLOSED, now);
+		connection->mode = MODE_IGNORED;
+		return;
+	}
 	if (!starts || absorbed < 13)
 		return;
 	/* "HTTP/1.1 101 ": the status is at offset 9. */

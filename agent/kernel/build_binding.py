@@ -53,7 +53,10 @@ struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bp
 int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, void *context, uint32_t context_bytes,
                       uint32_t *retval);
 
-struct program_statistics { uint64_t run_time_ns; uint64_t run_count; uint64_t misses; uint32_t verified_instructions; };
+struct program_statistics {
+    uint64_t run_time_ns, run_count, misses;
+    uint32_t verified_instructions;
+};
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
 struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
 long spanloom_btf_types(const char *path);
@@ -246,7 +249,8 @@ static int spanloom_describe(struct bpf_object *object, const char *name, char *
         const struct btf_enum *value = btf_enum(type);
 
         for (int i = 0; i < btf_vlen(type); i++, value++) {
-            used += snprintf(text + used, bytes - used, "%s %d\n", btf__name_by_offset(btf, value->name_off), value->val);
+            used += snprintf(text + used, bytes - used, "%s %d\n", btf__name_by_offset(btf, value->name_off),
+                             value->val);
             if (used >= bytes)
                 return -E2BIG;
         }
@@ -274,7 +278,10 @@ static int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration
     return error;
 }
 
-struct program_statistics { uint64_t run_time_ns; uint64_t run_count; uint64_t misses; uint32_t verified_instructions; };
+struct program_statistics {
+    uint64_t run_time_ns, run_count, misses;
+    uint32_t verified_instructions;
+};
 
 static int spanloom_program_statistics(int program_fd, struct program_statistics *statistics)
 {

@@ -523,13 +523,13 @@ def _read_slowly(port: int) -> int:
     return total
 
 
-def test_refused_request(edge: Edge) -> None:
-    """A request that the full socket buffer refuses again and again begins when it is taken, once."""
+def test_refused_upload(edge: Edge) -> None:
+    """An upload whose writes are refused again and again, answered early, with the next request right behind it."""
     edge.server.start(_serve_after_upload, edge.port)
     refused = edge.client.call(_send_into_full_buffer, edge.port)
     assert refused
     edge.server.result()
-    edge.expect([("/upload", 200), ("/refused", 201)], linked=False)
+    edge.expect([("/upload", 200), ("/behind", 201)], linked=False)
 
 
 def _serve_after_upload(port: int) -> None:
@@ -551,8 +551,9 @@ def _send_into_full_buffer(port: int) -> int:
     """Send an upload whose response comes early, then a request while the upload still fills the buffer."""
     refused = 0
     with connect(port) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
         rest = memoryview(request("/upload", method="POST", body=b"u" * (4 << 20)))
-        second = request("/refused")
+        second = request("/behind")
         connection.setblocking(False)
         deadline = time.monotonic() + 30
         while rest or second:
@@ -572,3 +573,61 @@ def _send_into_full_buffer(port: int) -> int:
         while receive_to:
             receive_to -= len(connection.recv(receive_to))
     return refused
+
+
+def test_refused_request(edge: Edge) -> None:
+    """A request that a full socket buffer refuses begins when it is taken; the refused attempts are counted as such."""
+    edge.server.call(_listen_for_junk, edge.port)
+    junk_bytes, refused = edge.client.call(_fill_and_request, edge.port, 5)
+    edge.server.start(_serve_behind_junk, junk_bytes)
+    edge.client.call(_request_at_last)
+    edge.server.result()
+    assert refused == 5
+    spans = edge.spans(1)
+    spans.assert_linked()
+    assert [seen(span) for side in spans for span in side] == [("/at/last", 200, None)] * 2
+    assert edge.dropped() == {"write_refused": 5}
+
+
+_kept: list[socket.socket] = []
+
+
+def _listen_for_junk(port: int) -> None:
+    _kept.append(listen(port))
+
+
+def _fill_and_request(port: int, attempts: int) -> tuple[int, int]:
+    """Fill the connection with what is no request, then try to send one. Returns the bytes and the refusals."""
+    connection = connect(port)
+    _kept.append(connection)
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+    connection.setblocking(False)
+    total = refused = quiet = 0
+    while quiet < 20:  # what the kernel moves to the other end meanwhile makes room
+        try:
+            total += connection.send(b"\0" * 65536)
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+            time.sleep(0.01)
+    for _ in range(attempts):
+        try:
+            connection.send(request("/at/last"))
+        except BlockingIOError:
+            refused += 1
+    return total, refused
+
+
+def _serve_behind_junk(junk_bytes: int) -> None:
+    with _kept.pop() as listener, accept(listener) as connection:
+        receive(connection, junk_bytes)
+        receive_head(connection)
+        send_all(connection, response())
+        connection.recv(1)
+
+
+def _request_at_last() -> None:
+    with _kept.pop() as connection:
+        connection.setblocking(True)
+        send_all(connection, request("/at/last"))
+        receive(connection, len(response()))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ssl
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -253,6 +254,23 @@ def _serve_silence(port: int) -> None:
 def _send_and_close(port: int, data: bytes) -> None:
     with connect(port) as connection:
         send_all(connection, data)
+
+
+def test_late_answer_that_is_no_http(edge: Edge) -> None:
+    """A request that is answered in another protocol (ICY) so late that it was announced is dropped all the same."""
+    edge.server.start(_serve_late_answer, edge.port, b"ICY 200 OK\r\n\r\nmusic")
+    edge.client.call(_have_conversation, edge.port, [request("/radio"), b"ICY 200 OK\r\n\r\nmusic"])
+    edge.server.result()
+    edge.spans(0)
+    assert edge.dropped() == {"bad_status_line": 2}
+
+
+def _serve_late_answer(port: int, answer: bytes) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        time.sleep(0.6)  # three times the age at which an exchange is announced
+        send_all(connection, answer)
+        connection.recv(1)
 
 
 def test_tls(edge: Edge, tmp_path: Path) -> None:
