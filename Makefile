@@ -3,6 +3,7 @@
 ARCH      := $(shell uname -m)
 BPF_ARCH  := $(if $(filter aarch64,$(ARCH)),arm64,x86)
 BPF_OBJ   := agent/kernel/capture.$(ARCH).bpf.o
+CHECK_OBJ := agent/kernel/check.$(ARCH).bpf.o
 BENCH_OBJ := bench/generator.$(ARCH).bpf.o bench/hooks.$(ARCH).bpf.o
 BPF_DEPS  := $(wildcard bpf/*.h)
 CLANG     ?= clang
@@ -20,7 +21,7 @@ help: ## list the targets
 
 setup: .venv/.ready build ## install system packages, make .venv, compile: leaves .venv/bin/spanloom
 
-build: $(BPF_OBJ) ## compile the BPF objects
+build: $(BPF_OBJ) $(CHECK_OBJ) ## compile the BPF objects
 
 demo: setup ## trace a small multi-service application and show its traces
 	$(BIN)/spanloom demo
@@ -78,7 +79,7 @@ clean: ## remove everything that was built
 	tools/setup.sh fuzz $(PYTHON)
 	@touch $@
 
-agent/kernel/capture.$(ARCH).bpf.o: bpf/capture.bpf.c $(BPF_DEPS) | .venv/.ready
+agent/kernel/%.$(ARCH).bpf.o: bpf/%.bpf.c $(BPF_DEPS) | .venv/.ready
 	$(CLANG) $(BPF_FLAGS) -c $< -o $@
 
 bench/%.$(ARCH).bpf.o: bench/%.bpf.c $(BPF_DEPS) | .venv/.ready

@@ -79,6 +79,8 @@ class _Account(msgspec.Struct, frozen=True, kw_only=True):
     handed_over: int = 0
     sampled_out: int = 0
     dropped: dict[str, int] = {}
+    streams_seen: int = 0
+    streams_outstanding: int = 0
     waiting: int = 0
 
 
@@ -130,6 +132,8 @@ class Pipeline:
         self._swept: set[int] = set()
         self._swept_before: set[int] = set()
         self._streams: dict[int, PipelinedConnection] = {}
+        self._streams_seen = 0
+        self._streams_outstanding = 0
         self.received = 0
         """Exchanges of which a first record was read."""
         self.streamed = 0
@@ -197,27 +201,28 @@ class Pipeline:
         dropped["write_refused"] += kernel["cancelled"]
         left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
         left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
+        streams_unseen = kernel["streamed"] - account.streams_seen
         return Books(
-            begun=kernel["begun"] - kernel["streamed"] + account.streamed,
+            # What entered stream mode counts as one exchange until its segments tell how many it is.
+            begun=kernel["begun"] - account.streams_seen + account.streamed + account.streams_outstanding,
             handed_over=account.handed_over,
             sampled_out=account.sampled_out,
             dropped=+dropped,
-            in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - account.received,
+            in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - account.received + streams_unseen,
             in_flight_agent=account.waiting,
         )
 
     def _close_account(self) -> None:
         """Note the agent's side of the books, between two batches, where it adds up."""
-        lost = sum(stream.lost for stream in self._streams.values())
-        dropped = Counter(self.dropped)
-        dropped["stream_lost"] += lost
         self._account = _Account(
             received=self.received,
-            streamed=self.streamed + lost,
+            streamed=self.streamed,
             handed_over=self.handed_over,
             sampled_out=self._stitcher.sampled_out,
-            dropped=dropped,
-            waiting=len(self._pending) + self._stitcher.held,
+            dropped=dict(self.dropped),
+            streams_seen=self._streams_seen,
+            streams_outstanding=self._streams_outstanding,
+            waiting=len(self._pending) + self._stitcher.held + self._streams_outstanding,
         )
 
     @property
@@ -372,6 +377,7 @@ class Pipeline:
             if len(self._streams) >= self._max_pending:
                 self._close_stream(self._streams.pop(next(iter(self._streams))), None)
             stream = self._streams[segment.connection_id] = PipelinedConnection()
+            self._streams_seen += 1
             announced = self._pending_of.get(segment.connection_id)
             if announced is not None:
                 # The connection's first exchange had been reported before the second request came. The kernel counts it
@@ -380,12 +386,19 @@ class Pipeline:
                 self._stitcher.withdraw(announced)
                 self.received -= 1
                 self.superseded += 1
+        lost, outstanding = stream.lost, stream.outstanding
         self._take_streamed(stream.feed(segment))
+        self._count_stream(stream, lost, outstanding)
 
     def _close_stream(self, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
+        lost, outstanding = stream.lost, stream.outstanding
         self._take_streamed(stream.close(closed))
-        self.streamed += stream.lost
-        self.dropped["stream_lost"] += stream.lost
+        self._count_stream(stream, lost, outstanding)
+
+    def _count_stream(self, stream: PipelinedConnection, lost: int, outstanding: int) -> None:
+        self.streamed += stream.lost - lost
+        self.dropped["stream_lost"] += stream.lost - lost
+        self._streams_outstanding += stream.outstanding - outstanding
 
     def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
         for exchange in exchanges:

@@ -128,6 +128,8 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 	case NR_sendto:
 		transfer.buffer = SYSCALL_ARG2(regs);
 		offered = SYSCALL_ARG3(regs);
+		if (!offered)
+			return; /* moves nothing, and its entry was not handled */
 		break;
 	case NR_writev:
 		from_iov(&transfer, SYSCALL_ARG2(regs), SYSCALL_ARG3(regs));
@@ -145,7 +147,9 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 			moved = length;
 		}
 	}
-	if (moved == offered && offered && offered <= MAY_BLOCK_BYTES && !stream_connections)
+	if (!moved)
+		return;
+	if (moved == offered && offered <= MAY_BLOCK_BYTES && !stream_connections)
 		return;
 	if (!is_captured(pid_tgid, &process))
 		return;
@@ -342,6 +346,14 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	else if (error == ETIMEDOUT)
 		end = END_TIMED_OUT;
 	now = bpf_ktime_get_ns();
+	/* Half-closed by us and now by the peer: the process may still have to read what came before. The sweep ends it. */
+	if (new_state == TCP_CLOSE && end == END_CLOSED && connection->mode == MODE_EXCHANGE &&
+	    connection->state != STATE_IDLE && sock->sk_socket &&
+	    (old_state == TCP_FIN_WAIT1 || old_state == TCP_FIN_WAIT2 || old_state == TCP_CLOSING)) {
+		connection->exchange.flags |= FLAG_PEER_CLOSED;
+		connection->lingers = 1;
+		return 0;
+	}
 	if (connection->mode == MODE_STREAM) {
 		connection->reports = 1;
 		connection->reported_bytes = connection->exchange.response_bytes;
@@ -377,6 +389,9 @@ int BPF_PROG(on_process_exec, struct task_struct *task)
 	return 0;
 }
 
+/* How long a process is given to read the rest of a connection that both ends have closed. */
+#define LINGER_NS 1000000000
+
 /* Run by user space a few times a second over all connections. Reports what nothing else would report soon: responses
  * that went quiet, requests that wait for long, exchanges that outlived their limit. It runs on the agent's time, not
  * on the applications'. Needs 5.9 (commit a5cbe05a6673).
@@ -407,6 +422,11 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 		finish(connection, END_TIMED_OUT, now);
 		return 0;
 	}
+	if (connection->lingers && now > active_ns + LINGER_NS) {
+		finish(connection, END_CLOSED, now);
+		forget(connection, key);
+		return 0;
+	}
 	/* Each report of a stream doubles the silence that the next one needs; the last chunk ends the wait. */
 	quiet = quiet_ns << (connection->reports < 10 ? connection->reports : 10);
 	if (connection->tail_valid && connection->tail >> 24 == 0x0a0d0a0d30ULL)
@@ -430,10 +450,11 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 		goto unreported;
 	if (!emit(copy, end, now, first))
 		goto unreported; /* the ring buffer is full: the next sweep tries again */
-	connection->reports++;
-	if (!connection->reports)
-		connection->reports = 255;
-	connection->reported_bytes = copy->exchange.response_bytes;
+	if (connection->exchange.exchange_id == copy->exchange.exchange_id) {
+		if (connection->reports < 255)
+			connection->reports++;
+		connection->reported_bytes = copy->exchange.response_bytes;
+	}
 	count(first ? COUNTER_EMITTED : COUNTER_REEMITTED);
 	return 0;
 unreported:

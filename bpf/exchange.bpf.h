@@ -456,6 +456,9 @@ static __always_inline __u64 peer_exchange(struct connection *connection, __u64 
 		connection->peer_sock = sock;
 		connection->peer_connection_id = peer->exchange.connection_id;
 	}
+	if (peer->claimed_id == peer->exchange.exchange_id)
+		return 0; /* pipelining that was not noticed: the client's exchange is several of ours */
+	peer->claimed_id = peer->exchange.exchange_id;
 	return peer->exchange.exchange_id;
 }
 
@@ -1016,7 +1019,10 @@ static __always_inline void on_transfer(struct process *process, __u32 fd, struc
 		return;
 	key = (__u64)sock;
 	connection = bpf_map_lookup_elem(&connections, &key);
-	if (connection && connection->state == STATE_IDLE && !same_ports(sock, &connection->exchange)) {
+	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
+	    !same_ports(sock, &connection->exchange)) {
+		if (connection->state != STATE_IDLE)
+			finish(connection, END_CLOSED, bpf_ktime_get_ns());
 		bpf_map_delete_elem(&connections, &key);
 		connection = 0;
 	}

@@ -106,6 +106,7 @@ struct sock {
 	__u16 sk_protocol; /* a bit field before 5.6, commit bf9765145b85 */
 	int sk_err;
 	__u8 sk_shutdown;
+	struct socket *sk_socket; /* 0 once the last descriptor was closed */
 };
 
 struct tcp_sock {
@@ -169,6 +170,8 @@ struct user_mmsghdr {
 #define S_IFMT 0170000
 #define S_IFSOCK 0140000
 #define TCP_FIN_WAIT1 4
+#define TCP_FIN_WAIT2 5
+#define TCP_CLOSING 11
 #define TCP_CLOSE 7
 #define TCP_CLOSE_WAIT 8
 #define TCP_LAST_ACK 9

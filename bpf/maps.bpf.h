@@ -41,6 +41,7 @@ enum exchange_state {
 struct connection {
 	__u64 peer_sock;          /* key of the other end's connection on this node, or 0 */
 	__u64 peer_connection_id; /* guards against a recycled peer_sock */
+	__u64 claimed_id;         /* exchange that the other end took for its peer: one request has one receiver */
 	__u64 reported_bytes;     /* response bytes when the exchange was reported last */
 	__u64 tail;               /* last 8 response bytes in memory order */
 	/* What a refused or short write has to take back; valid while write_tid is not 0. */
@@ -64,7 +65,8 @@ struct connection {
 	__u8 peer_tries; /* look-ups of the peer that found none */
 	__u8 tail_valid;
 	__u8 undo_tail_valid;
-	__u32 _pad;
+	__u8 lingers; /* closed by TCP, but the process still has the socket and unread bytes in it */
+	__u8 _pad[3];
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
 };

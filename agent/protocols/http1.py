@@ -211,7 +211,7 @@ class Http1:
             found = [*filter(None, map(self._request_field, lines))]
             request_head_bytes = end + 4
         except UnusualLineEnd:
-            lines, request_head_bytes = _request_lines(request, flags)
+            lines, request_head_bytes = _request_lines(request, flags, exchange.response)
             request_line = lines.pop(0)
             found = [*filter(None, map(self._request_field, lines))]
         fields: _Fields = dict(found)
@@ -415,7 +415,7 @@ class Http1:
         return status, framing, length, attributes, error
 
 
-def _request_lines(request: bytes, flags: int) -> tuple[list[bytes], int]:
+def _request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[bytes], int]:
     """Split an unusual request head: bare LF, blank lines in front (RFC 9112 section 2.2), or cut at the capture limit.
 
     Returns the lines and the bytes up to the end of the head, 0 for a head that was cut.
@@ -427,6 +427,10 @@ def _request_lines(request: bytes, flags: int) -> tuple[list[bytes], int]:
     if end > 0:
         return syntax.split_lines(stripped[:end]), len(request) - len(stripped) + end
     lines = syntax.split_lines(stripped)
+    method, space, target = stripped.partition(b" ")
+    if not lines and space and flags & _REQUEST_CUT and response[:7] == b"HTTP/1.":
+        # The target alone is longer than the capture: it is shown as far as it goes, under the answer's version.
+        return [method + b" " + target.partition(b" ")[0] + b" " + response[:8]], 0
     syntax.read_request_line(lines[0] if lines else stripped)
     if not lines or not flags & _REQUEST_CUT:
         raise ProtocolError("incomplete_request")

@@ -74,6 +74,11 @@ class PipelinedConnection:
         self._last_direction = 0
         self._segment: Segment | None = None  # the first one without its data: who and where
 
+    @property
+    def outstanding(self) -> int:
+        """Requests seen and neither handed out nor lost."""
+        return len(self._pairs)
+
     def feed(self, segment: Segment) -> list[Exchange]:
         """Consume one segment; return the exchanges that it completed."""
         if self._segment is None:

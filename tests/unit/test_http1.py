@@ -565,7 +565,6 @@ def test_a_request_cut_at_the_cap_is_parsed_as_far_as_it_goes() -> None:
         (b"\r\n\r\n", 0, "no_request"),
         (b"GET / HTTP/1.1\r\nHost: a\r\n", 0, "incomplete_request"),
         (b"GET / HTTP/1.1\r\n", 0, "incomplete_request"),
-        (b"GET /" + b"a" * 90, Flag.REQUEST_TRUNCATED, "bad_request_line"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"\r\n\r\n", 0, "binary_head"),
         (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03", 0, "binary_head"),
         (b"GET /\x00 HTTP/1.1\r\n\r\n", 0, "binary_head"),
@@ -863,3 +862,17 @@ def test_hostile_records_raise_the_protocol_error_and_nothing_else(request, resp
     names = ("role", "end", "flags", "request_bytes", "response_bytes", "remote_port")
     record = exchange(request, response, remote_address=address, tail=tail, **dict(zip(names, numbers, strict=True)))
     FUZZ.check_record(record)
+
+
+def test_a_target_beyond_the_cap_is_shown_as_far_as_it_goes() -> None:
+    """A request line that was cut gives a flagged span when it was answered in HTTP, and is refused otherwise."""
+    request = b"GET /" + b"a" * 1000
+    call = parse(request, flags=Flag.FIRST | Flag.REQUEST_TRUNCATED, request_bytes=5000, end=End.NEXT)
+    attributes = dict(call.attributes)
+    assert attributes["url.path"] == "/" + "a" * 1000
+    assert attributes["network.protocol.version"] == "1.1"
+    assert attributes["http.response.status_code"] == 200
+    assert attributes["spanloom.request.head_truncated"] is True
+    for hostile, response in ((request, b""), (b"GET /\x00" + b"a" * 1000, OK)):
+        with pytest.raises(ProtocolError):
+            parse(hostile, response, flags=Flag.FIRST | Flag.REQUEST_TRUNCATED, request_bytes=5000, end=End.NEXT)

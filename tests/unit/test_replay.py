@@ -1,7 +1,7 @@
 """Recorded ring-buffer bytes through the whole pipeline; the whole output is compared as text.
 
 ``golden/<name>.json`` was recorded by tools/record.py from ``golden/<name>.py``; ``make golden`` rewrites
-``golden/<name>.txt`` after a change that is meant.
+``golden/<name>.txt`` after a change that is meant. Record anew when bpf/events.h changes.
 """
 
 from __future__ import annotations
