@@ -245,9 +245,16 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 	case NR_recvfrom:
 	case NR_recvmsg:
 	case NR_recvmmsg:
-	case NR_sendfile:
-	case NR_splice:
 		break;
+	/* These act on tracked connections only: the process need not be looked up. */
+	case NR_sendfile:
+		if (moved > 0 && !SYSCALL_IS_COMPAT(regs))
+			on_bodiless_bytes(SYSCALL_ARG1(regs), moved, true);
+		return 0;
+	case NR_splice: /* into a socket, or out of one */
+		if (moved > 0 && !SYSCALL_IS_COMPAT(regs) && !on_bodiless_bytes(SYSCALL_ARG3(regs), moved, true))
+			on_bodiless_bytes(SYSCALL_ARG1(regs), moved, false);
+		return 0;
 	default:
 		return 0;
 	}
@@ -287,12 +294,7 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 		flags = SYSCALL_ARG4(regs);
 		break;
 	}
-	case NR_sendfile:
-		on_bodiless_bytes(SYSCALL_ARG1(regs), moved, true);
-		return 0;
-	default: /* splice: into a socket, or out of one */
-		if (!on_bodiless_bytes(SYSCALL_ARG3(regs), moved, true))
-			on_bodiless_bytes(SYSCALL_ARG1(regs), moved, false);
+	default:
 		return 0;
 	}
 	if (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE))

@@ -250,11 +250,7 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 	if (transfer->iov)
 		return absorb_iovecs(sock, transfer->iov, transfer->iov_count, transfer->length,
 				     (__u64)limit << 1 | tail);
-	if (tail)
-		push_tail(connection, transfer->buffer, transfer->length);
-	if (!limit)
-		return transfer->length;
-	if (!connection->data_length) {
+	if (limit && !connection->data_length) {
 		__u64 length = request_cap;
 
 		if (transfer->length < length)
@@ -264,9 +260,24 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 			connection->data_length = length;
 		else
 			count(COUNTER_READ_FAULT);
-		return transfer->length;
+	} else if (limit) {
+		__u32 piece = copy_piece(connection, limit, transfer->buffer, transfer->length);
+		__u64 end = connection->data_length;
+
+		opaque(end);
+		if (piece == transfer->length && piece >= 8 && end >= 8 && end <= request_cap + response_cap) {
+			/* All of it was captured: its end needs no reading of its own. */
+			if (tail) {
+				connection->tail = *(__u64 *)(connection->data + end - 8);
+				connection->tail_valid = 1;
+			}
+			return transfer->length;
+		}
+		if (piece && piece < transfer->length)
+			absorb_pieces(sock, transfer->buffer + piece, transfer->length - piece, limit);
 	}
-	absorb_pieces(sock, transfer->buffer, transfer->length, limit);
+	if (tail)
+		push_tail(connection, transfer->buffer, transfer->length);
 	return transfer->length;
 }
 
@@ -590,16 +601,13 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 }
 
 /* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
- * a blank line always include one of them. Global for the reason given at absorb_iovecs().
+ * a blank line always include one of them.
  */
-__noinline int holds_second_request(__u64 sock)
+static __always_inline int holds_second_request(struct connection *connection, __u64 sock)
 {
-	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 	struct first_bytes first = { .length = 8 };
 	__u64 length, behind;
 
-	if (!connection)
-		return 0;
 	length = connection->data_length;
 	connection->cursor_offset = 0;
 	for (__u64 i = 15; i < PIPELINE_SCAN; i += 4) { /* what comes before are empty lines in front of the first one */
@@ -845,7 +853,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	exchange->request_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
-	if (starts && connection->data_length >= 36 && holds_second_request(sock)) {
+	if (starts && connection->data_length >= 36 && holds_second_request(connection, sock)) {
 		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
 		exchange->request_bytes = 0;
 		connection->data_length = 0;
