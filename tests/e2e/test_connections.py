@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -611,12 +612,18 @@ def _fill_and_request(port: int, attempts: int) -> tuple[int, int, bool]:
     connection.setblocking(False)
     total = refused = quiet = 0
     while quiet < 20:  # what the kernel moves to the other end meanwhile makes room
-        try:
-            total += connection.send(b"\0" * 65536)
-            quiet = 0
-        except BlockingIOError:
-            quiet += 1
+        quiet += 1
+        for size in (65536, 1024, 16):  # a full buffer may still take a short write behind the last long one
+            try:
+                total += connection.send(b"\0" * size)
+                quiet = 0
+            except BlockingIOError:
+                pass
+        if quiet:
             time.sleep(0.01)
+    with suppress(BlockingIOError):
+        while True:  # what a window probe has just made room for
+            total += connection.send(b"\0" * 16)
     for _ in range(attempts):
         try:
             connection.send(request("/at/last"))
