@@ -1,0 +1,162 @@
+"""A three-tier application under load: one trace per request with the right parents, and never a wrong one."""
+
+from __future__ import annotations
+
+import http.client
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from tests.collector import CollectedSpan
+from tests.e2e import servers
+from tests.e2e.apps.tier import made_ids
+from tests.e2e.harness import AgentProcess, free_port, show
+
+REQUESTS = 300
+CONCURRENCY = 50
+
+
+def trace_and_parent(number: int) -> tuple[int, int]:
+    """Ids of the caller outside, all different, none zero; 64-bit trace ids for the formats that have no others."""
+    return (0xA000_0000_0000_0000 + number, 0xB000_0000_0000_0000 + number)
+
+
+FORMATS: dict[str, Callable[[int, int], dict[str, str]]] = {
+    "tracecontext": lambda trace, parent: {"traceparent": f"00-{trace:032x}-{parent:016x}-01"},
+    "b3": lambda trace, parent: {"b3": f"{trace:032x}-{parent:016x}-1"},
+    "b3multi": lambda trace, parent: {
+        "X-B3-TraceId": f"{trace:032x}",
+        "X-B3-SpanId": f"{parent:016x}",
+        "X-B3-Sampled": "1",
+    },
+    "jaeger": lambda trace, parent: {"uber-trace-id": f"{trace:x}:{parent:x}:0:1"},
+    "xray": lambda trace, parent: {
+        "X-Amzn-Trace-Id": f"Root=1-{trace >> 96:08x}-{trace & (1 << 96) - 1:024x};Parent={parent:016x};Sampled=1"
+    },
+    "datadog": lambda trace, parent: {
+        "x-datadog-trace-id": str(trace),
+        "x-datadog-parent-id": str(parent),
+        "x-datadog-sampling-priority": "1",
+    },
+}
+
+
+class Application:
+    """Three tiers in a row and the agent that sees them; ``spans()`` sorts what came of each request by its place."""
+
+    PLACES = ("caller", "front", "front calls", "middle", "middle calls", "back")
+
+    def __init__(self, agent, start, modes: tuple[str, str, str], behaviour: str) -> None:
+        self.ports = [free_port() for _ in range(3)]
+        for mode, port, following in zip(modes, self.ports, [*self.ports[1:], 0], strict=True):
+            arguments = [sys.executable, servers.APPS / "tier.py", mode, behaviour, str(port)]
+            start([*arguments, str(following)] if following else arguments, port=port)
+        self.tracing: AgentProcess = agent(self.ports)
+
+    def load(self, headers: Callable[[int], dict[str, str]]) -> None:
+        """Send REQUESTS requests from CONCURRENCY threads."""
+
+        def request(number: int) -> bytes:
+            connection = http.client.HTTPConnection("127.0.0.1", self.ports[0], timeout=60)
+            connection.request("GET", f"/r/{number}", headers=headers(number))
+            body = connection.getresponse().read()
+            connection.close()
+            return body
+
+        with ThreadPoolExecutor(CONCURRENCY) as pool:
+            assert set(pool.map(request, range(REQUESTS))) == {b"end"}
+
+    def chains(self) -> Iterator[tuple[int, dict[str, CollectedSpan]]]:
+        """For each request its six spans, by place; each must be there exactly once."""
+        count = len(self.PLACES) * REQUESTS
+        self.tracing.wait_for_spans(count)
+        chains: dict[int, dict[str, CollectedSpan]] = {number: {} for number in range(REQUESTS)}
+        spans = self.tracing.exact_spans(count)
+        for span in spans:
+            position = 2 * self.ports.index(span.attributes["server.port"]) + (span.kind == "SERVER")
+            url = span.attributes["url.path" if span.kind == "SERVER" else "url.full"]
+            chain = chains[int(url.rpartition("/")[2])]
+            assert self.PLACES[position] not in chain, show([span, chain[self.PLACES[position]]])
+            chain[self.PLACES[position]] = span
+        assert self.tracing.books().dropped == {}
+        yield from chains.items()
+
+
+def assert_parents(chain: dict[str, CollectedSpan], *edges: tuple[str, str, str]) -> None:
+    """Check ``(child, parent, link method)`` edges."""
+    for child, parent, method in edges:
+        assert chain[child].parent_span_id == chain[parent].span_id, (child, parent, show(chain.values()))
+        assert chain[child].attributes["spanloom.link.method"] == method, (child, show(chain.values()))
+
+
+PEERS = (("front", "caller", "peer"), ("middle", "front calls", "peer"), ("back", "middle calls", "peer"))
+
+
+@pytest.mark.parametrize("format_name", FORMATS)
+def test_forwarded_headers_make_one_trace(format_name: str, agent, start):
+    """Rule 1 in each format, through an event loop and threads: one trace per request, every parent right."""
+    application = Application(agent, start, ("loop", "threads", "threads"), "copy")
+    write = FORMATS[format_name]
+    application.load(lambda number: write(*trace_and_parent(number)))
+    for number, chain in application.chains():
+        trace, parent = trace_and_parent(number)
+        assert {span.trace_id for span in chain.values()} == {f"{trace:032x}"}, show(chain.values())
+        assert chain["caller"].parent_span_id == f"{parent:016x}"
+        assert_parents(chain, *PEERS, ("front calls", "front", "forwarded"), ("middle calls", "middle", "forwarded"))
+
+
+@pytest.mark.parametrize("mode", ["loop", "threads"])
+def test_spans_of_an_sdk_are_the_parents(mode: str, agent, start):
+    """Rule 2: where the application makes a span of its own in the trace, the call is that span's child."""
+    application = Application(agent, start, (mode, mode, mode), "sdk")
+    application.load(lambda number: FORMATS["tracecontext"](*trace_and_parent(number)))
+    for number, chain in application.chains():
+        trace, _ = trace_and_parent(number)
+        assert {span.trace_id for span in chain.values()} == {f"{trace:032x}"}, show(chain.values())
+        assert_parents(chain, *PEERS)
+        for place, port in (("front calls", application.ports[0]), ("middle calls", application.ports[1])):
+            assert chain[place].parent_span_id == made_ids(port, f"/r/{number}")[1], show(chain.values())
+            assert chain[place].attributes["spanloom.link.method"] == "header"
+
+
+@pytest.mark.parametrize("mode", ["loop", "threads"])
+def test_a_trace_of_its_own_wins(mode: str, agent, start):
+    """Rule 3: a call that carries another trace belongs there; a thread's call also links to what caused it."""
+    application = Application(agent, start, (mode, mode, mode), "foreign")
+    application.load(lambda number: FORMATS["tracecontext"](*trace_and_parent(number)))
+    for number, chain in application.chains():
+        assert_parents(chain, *PEERS)
+        for place, served, port in (
+            ("front calls", "front", application.ports[0]),
+            ("middle calls", "middle", application.ports[1]),
+        ):
+            trace_id, span_id = made_ids(port, f"/r/{number}")
+            call = chain[place]
+            assert (call.trace_id, call.parent_span_id) == (trace_id, span_id), show(chain.values())
+            linked = [link.span_id for link in call.links]
+            assert linked == ([chain[served].span_id] if mode == "threads" else []), show(chain.values())
+
+
+def test_threads_need_no_header(agent, start):
+    """Rule 4: between services that serve one request per thread, calls without any header are one trace."""
+    application = Application(agent, start, ("threads", "threads", "threads"), "none")
+    application.load(lambda number: {})
+    traces = set()
+    for _, chain in application.chains():
+        assert len({span.trace_id for span in chain.values()}) == 1, show(chain.values())
+        traces.add(chain["caller"].trace_id)
+        assert chain["caller"].parent_span_id == ""
+        assert_parents(chain, *PEERS, ("front calls", "front", "thread"), ("middle calls", "middle", "thread"))
+    assert len(traces) == REQUESTS
+
+
+def test_an_event_loop_that_forwards_nothing_gets_no_wrong_parent(agent, start):
+    """Without a header an event loop's calls cannot be told apart: no parent, and never a wrong one."""
+    application = Application(agent, start, ("loop", "loop", "loop"), "none")
+    application.load(lambda number: {})
+    for _, chain in application.chains():
+        assert_parents(chain, *PEERS)
+        for call, served in (("front calls", "front"), ("middle calls", "middle")):
+            assert chain[call].parent_span_id in ("", chain[served].span_id), show(chain.values())
