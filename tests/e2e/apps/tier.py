@@ -1,7 +1,7 @@
 """One tier of an application: ``tier.py MODE BEHAVIOUR PORT [NEXT_PORT]``.
 
 MODE is ``threads`` (one thread per connection) or ``loop`` (asyncio). For each request the tier asks the next one for
-the same path, if there is one, and answers with what came back. BEHAVIOUR says what it does with trace headers: ``copy``
+the same path, if there is one, and answers with what came back. BEHAVIOUR is what it does with trace headers: ``copy``
 forwards them, ``sdk`` makes a span id of its own in the same trace, ``foreign`` starts a trace of its own, ``none``
 sends none. The ids it makes can be told from the path: see ``made_ids``.
 """
