@@ -236,6 +236,11 @@ class Pipeline:
         return self._decoder.unknown_records
 
     @property
+    def streams_outstanding(self) -> int:
+        """Requests of pipelined connections that wait for their response."""
+        return self._streams_outstanding
+
+    @property
     def streams(self) -> int:
         """Pipelined connections that are followed."""
         return len(self._streams)

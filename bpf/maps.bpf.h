@@ -16,12 +16,14 @@ const volatile __u64 wakeup_bytes = 2 << 20; /* waiting bytes at which user spac
 const volatile __u8 ports_filtered = 0; /* 1: look ports up in the map of that name */
 const volatile __u8 ports_default = 1;  /* whether a port that is not in the map is selected */
 
-#define REQUEST_CAP_MAX 8192
-#define RESPONSE_CAP_MAX 2048
-/* Room behind the two captures, so that one copy of up to this many bytes may start anywhere inside them: the
- * verifier bounds offset and length one by one and does not know that the code keeps their sum below the cap.
- */
-#define COPY_SLACK 256
+enum capture_limit {
+	REQUEST_CAP_MAX = 8192,
+	RESPONSE_CAP_MAX = 2048,
+	/* Room behind the two captures, so that one copy of up to this many bytes may start anywhere inside them: the
+	 * verifier bounds offset and length one by one and does not know that the code keeps their sum below the cap.
+	 */
+	COPY_SLACK = 256,
+};
 #define SEGMENT_CAP 4096
 /* IOV_MAX of user space (UIO_MAXIOV, include/uapi/linux/uio.h) is 1024. A head in more pieces than this is cut. */
 #define IOVECS_MAX 256
@@ -195,6 +197,8 @@ union {
 	enum exchange_end end;
 	enum exchange_flag flag;
 	enum counter counter;
+	enum capture_limit limit;
+	enum process_state process_state;
 } wire_types;
 
 /* .bss, mapped by user space. */

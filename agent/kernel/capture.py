@@ -17,16 +17,12 @@ import msgspec
 
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError, TracingRefusedError
 from agent.kernel._libbpf import ffi, lib
-from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_struct
+from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
 
 BATCH_BYTES = 128 << 10
 """Bytes drained per call: large enough that the call does not matter, small enough that a batch and everything made of
 it stay in the second-level cache (a fifth less CPU per span than with 1 MiB: `make bench`)."""
 BATCH_SLOTS = 4096
-
-REQUEST_CAP_MAX = 8192
-RESPONSE_CAP_MAX = 2048
-COPY_SLACK = 256
 
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
 
@@ -94,6 +90,13 @@ class Capture:
         if process.fields != ("start_ns", "state", "served"):
             raise LayoutMismatchError(f"struct process has {process.fields}")
         self._process = process.codec
+        states = {
+            "PROCESS_UNKNOWN": PROCESS_UNKNOWN,
+            "PROCESS_TRACED": PROCESS_TRACED,
+            "PROCESS_IGNORED": PROCESS_IGNORED,
+        }
+        if parse_enum(self._describe("process_state")) != states:
+            raise LayoutMismatchError(f"enum process_state differs from {states}")
         self._configure(settings)
         error = lib.bpf_object__load(self._object)
         if error:
@@ -236,7 +239,8 @@ class Capture:
 
     def _configure(self, settings: CaptureSettings) -> None:
         request, response = settings.request_head_bytes, settings.response_head_bytes
-        if not (0 < request <= REQUEST_CAP_MAX and 0 < response <= RESPONSE_CAP_MAX):
+        limits = parse_enum(self._describe("capture_limit"))
+        if not (0 < request <= limits["REQUEST_CAP_MAX"] and 0 < response <= limits["RESPONSE_CAP_MAX"]):
             raise SpanloomError("capture limits are out of range")
         constants = {
             "request_cap": ("uint32_t *", 4, request),
@@ -251,7 +255,7 @@ class Capture:
         for name, (kind, size, value) in constants.items():
             ffi.cast(kind, self._variable(".rodata", name, size))[0] = value
         offsets = dict(line.split()[:2] for line in self._describe("connection").splitlines())
-        entry = int(offsets["data"]) + request + response + COPY_SLACK
+        entry = int(offsets["data"]) + request + response + limits["COPY_SLACK"]
         entry = (entry + 7) & ~7
         for name, size in (("connections", entry), ("sweep_scratch", entry)):
             self._check(lib.bpf_map__set_value_size(self._map(name), size))
