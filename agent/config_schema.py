@@ -197,7 +197,7 @@ class Otlp(Section, frozen=True):
 class Batch(Section, frozen=True):
     """When a batch of spans is sent: at the first of the two."""
 
-    max_spans: Annotated[int, Meta(ge=1, le=8192), _help("Spans in one batch.")] = 512
+    max_spans: Annotated[int, Meta(ge=1, le=8192), _help("Spans in one batch.")] = 2048
     max_delay_seconds: Annotated[float, Meta(ge=0.01, le=60), _help("How long the oldest span may wait.")] = 1.0
 
 
@@ -256,10 +256,10 @@ class Kernel(Section, frozen=True):
     ] = 8_388_608
     poll_seconds: Annotated[
         float, Meta(ge=0.001, le=1), _help("How often the buffer is emptied; shorter is fresher, longer is cheaper.")
-    ] = 0.1
+    ] = 0.5
     sweep_seconds: Annotated[
         float, Meta(ge=0.01, le=10), _help("How often exchanges that are still open are looked at.")
-    ] = 0.2
+    ] = 0.5
 
 
 class Resource(Section, frozen=True):
