@@ -331,6 +331,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=["nginx", "spans", "start", []], help="default: all")
     parser.add_argument("--seconds", type=float, default=6.0, help="length of one measurement (default 6)")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the agent (spans)"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="repetitions of the nginx comparison (default 5)")
     arguments = parser.parse_args()
     parts = arguments.parts or ["nginx", "spans", "start"]
@@ -342,7 +345,7 @@ def main() -> int:
         result["spans"] = []
         for rate in (1000, 5000, 20000, 0):
             print(f"measuring {rate or 'all the'} spans/s …", file=sys.stderr)
-            result["spans"].append(measure_spans(rate, arguments.seconds))
+            result["spans"].append(measure_spans(rate, arguments.seconds, *arguments.set))
     if "start" in parts:
         print("measuring the start …", file=sys.stderr)
         result["start"] = measure_start(3)

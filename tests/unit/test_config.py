@@ -261,7 +261,7 @@ def test_bad_environment_value_names_the_variable(suffix, text):
             "export.otlp.client_key=/key.pem",
             "export.otlp.client_certificate: missing; client_key and client_certificate must be given together",
         ),
-        ("export.queue_spans=100", "export.batch.max_spans: must be at most export.queue_spans (100), not 512"),
+        ("export.queue_spans=100", "export.batch.max_spans: must be at most export.queue_spans (100), not 2048"),
         (
             "routes.patterns=[users]",
             "routes.patterns: route pattern 'users': write a path such as /users/{id}, with or without a method",
