@@ -304,17 +304,24 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 	return 0;
 }
 
+static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u64 key)
+{
+	__u64 *found = bpf_map_lookup_elem(&endpoints, endpoint);
+
+	if (found && *found == key) /* not overwritten by another connection from the same port */
+		bpf_map_delete_elem(&endpoints, endpoint);
+}
+
 static __always_inline void forget(struct connection *connection, __u64 key)
 {
 	struct endpoint endpoint;
-	__u64 *found;
 
 	if (connection->exchange.role == ROLE_CLIENT) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
-			    connection->exchange.netns);
-		found = bpf_map_lookup_elem(&endpoints, &endpoint);
-		if (found && *found == key)
-			bpf_map_delete_elem(&endpoints, &endpoint);
+			    connection->exchange.netns, connection->exchange.remote_port);
+		forget_endpoint(&endpoint, key);
+		endpoint.server_port = 0;
+		forget_endpoint(&endpoint, key);
 	}
 	bpf_map_delete_elem(&connections, &key);
 }

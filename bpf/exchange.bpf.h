@@ -440,8 +440,13 @@ static __always_inline __u64 peer_exchange(struct connection *connection, __u64 
 
 		if (connection->peer_tries >= 3)
 			return 0;
-		endpoint_of(&endpoint, exchange->remote_address, exchange->remote_port, exchange->netns);
+		endpoint_of(&endpoint, exchange->remote_address, exchange->remote_port, exchange->netns,
+			    exchange->local_port);
 		found = bpf_map_lookup_elem(&endpoints, &endpoint);
+		if (!found) {
+			endpoint.server_port = 0;
+			found = bpf_map_lookup_elem(&endpoints, &endpoint);
+		}
 		if (!found) {
 			connection->peer_tries++;
 			return 0;
@@ -1006,7 +1011,10 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	}
 	if (egress) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
-			    connection->exchange.netns);
+			    connection->exchange.netns, connection->exchange.remote_port);
+		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+			count(COUNTER_ENDPOINT_FULL);
+		endpoint.server_port = 0;
 		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
 			count(COUNTER_ENDPOINT_FULL);
 	}

@@ -89,10 +89,12 @@ struct endpoint {
 	__u8 address[16];
 	__u32 netns; /* 0 unless the address is loopback */
 	__u16 port;
-	__u16 _pad;
+	__u16 server_port; /* where the client connected to; 0 in the entry for servers behind a translated address */
 };
 
-/* Key: a client's own address as its server sees it. Value: key of the client's connection.
+/* Key: a client's own address as its server sees it. Value: key of the client's connection. Two entries each: one with
+ * the server's port, since connections to different servers may share the client's port, and one without, for servers
+ * that are reached under another address than their own (ClusterIP).
  * Inserted with a client's connection, deleted with it. Full: exchanges of that connection have no peer.
  */
 struct {

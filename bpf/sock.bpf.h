@@ -79,12 +79,13 @@ static __always_inline bool same_ports(struct sock *sock, const struct record_ex
 	       bpf_ntohs(BPF_CORE_READ(sock, __sk_common.skc_dport)) == exchange->remote_port;
 }
 
-static __always_inline void endpoint_of(struct endpoint *endpoint, const __u8 *address, __u16 port, __u32 netns)
+static __always_inline void endpoint_of(struct endpoint *endpoint, const __u8 *address, __u16 port, __u32 netns,
+					__u16 server_port)
 {
 	__builtin_memcpy(endpoint->address, address, sizeof(endpoint->address));
 	endpoint->netns = is_loopback(address) ? netns : 0;
 	endpoint->port = port;
-	endpoint->_pad = 0;
+	endpoint->server_port = server_port;
 }
 
 #endif

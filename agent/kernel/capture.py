@@ -261,7 +261,7 @@ class Capture:
             self._check(lib.bpf_map__set_value_size(self._map(name), size))
         for name, entries in (
             ("connections", settings.connections),
-            ("endpoints", settings.connections),
+            ("endpoints", settings.connections * 2),
             ("processes", settings.processes),
             ("records", settings.ring_buffer_bytes),
         ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import pytest
 from tests.collector import CollectedSpan
 from tests.e2e import servers
 from tests.e2e.apps.tier import made_ids
-from tests.e2e.harness import AgentProcess, free_port, show
+from tests.e2e.harness import AgentProcess, free_port, one, show
 
 REQUESTS = 300
 CONCURRENCY = 50
@@ -81,6 +82,9 @@ class Application:
             assert self.PLACES[position] not in chain, show([span, chain[self.PLACES[position]]])
             chain[self.PLACES[position]] = span
         assert self.tracing.books().dropped == {}
+        metrics = self.tracing.metrics()
+        lost = {name: value for name, value in metrics.items() if "stitching" in name and value and "ambig" not in name}
+        assert lost == {}
         yield from chains.items()
 
 
@@ -160,3 +164,30 @@ def test_an_event_loop_that_forwards_nothing_gets_no_wrong_parent(agent, start):
         assert_parents(chain, *PEERS)
         for call, served in (("front calls", "front"), ("middle calls", "middle")):
             assert chain[call].parent_span_id in ("", chain[served].span_id), show(chain.values())
+
+
+def test_connections_that_share_a_client_port(agent):
+    """Two connections from one client port to two servers are told apart: each server's span has its own caller."""
+    listeners = [socket.create_server(("127.0.0.1", free_port())) for _ in range(2)]
+    ports = [listener.getsockname()[1] for listener in listeners]
+    tracing = agent(ports)
+    clients = []
+    own_port = free_port()
+    for port in ports:
+        client = socket.socket()
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        client.bind(("127.0.0.1", own_port))
+        client.connect(("127.0.0.1", port))
+        client.sendall(b"GET /r/0 HTTP/1.1\r\nHost: shared\r\n\r\n")
+        clients.append(client)
+    for listener, client in zip(listeners, clients, strict=True):  # both requests are on their way before one is read
+        with listener, client, listener.accept()[0] as served:
+            served.recv(4096)
+            served.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok")
+            client.recv(4096)
+    spans = tracing.exact_spans(4)
+    servers_by_start = sorted((span for span in spans if span.kind == "SERVER"), key=lambda span: span.start_time_ns)
+    for port, server in zip(ports, servers_by_start, strict=True):
+        caller = one(span for span in spans if span.attributes["network.peer.port"] == port)
+        assert server.parent_span_id == caller.span_id, show(spans)
+        assert server.attributes["spanloom.link.method"] == "peer"
