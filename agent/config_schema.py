@@ -246,6 +246,13 @@ class Limits(Section, frozen=True):
 class Kernel(Section, frozen=True):
     """The way from the kernel to the agent."""
 
+    backend: Annotated[
+        Literal["auto", "syscalls", "sockets"],
+        _help(
+            "Where the probes sit: on all system calls, which every kernel allows, or in the socket layer, which costs "
+            "less and needs Linux 6.16. `auto` takes the cheaper one that the kernel has."
+        ),
+    ] = "auto"
     ring_buffer_bytes: Annotated[
         int,
         Meta(ge=4096, le=1 << 30),

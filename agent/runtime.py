@@ -142,7 +142,7 @@ class Agent:
             self.telemetry.start(self.config.telemetry.listen)
         self.capture.attach([os.getpid()])
         self._attached = True
-        event(_log, "probes_attached", programs=len(self.capture.statistics()))
+        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
 
     def is_ready(self) -> bool:
         """True while the probes are attached."""
@@ -158,6 +158,10 @@ class Agent:
 
     def run(self) -> None:
         """Run until ``stop()``."""
+        # Records are made without collector tracking; what remains is long-lived, and scanning it would only cost.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(50_000, 20, 100)
         kernel = self.config.kernel
         sweep_ns, next_sweep_ns = int(kernel.sweep_seconds * 1e9), 0
         while not self._stopping:
@@ -207,10 +211,6 @@ def run(config: Config) -> int:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, agent.stop)
         agent.start()
-        # Records are made without collector tracking; what remains is long-lived, and scanning it would only cost.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(50_000, 20, 100)
         agent.run()
     except ExportError as error:
         if error.reason != "console_closed":
@@ -237,6 +237,7 @@ def _clock_offset_ns(known_ns: int) -> int:
 
 def _capture_settings(config: Config) -> CaptureSettings:
     return CaptureSettings(
+        backend=config.kernel.backend,
         request_head_bytes=config.capture.request_head_bytes,
         response_head_bytes=config.capture.response_head_bytes,
         connections=config.limits.connections,

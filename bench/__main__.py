@@ -181,15 +181,16 @@ def settle(generator: Generator, counter: subprocess.Popen) -> None:
 
 @contextmanager
 def nginx() -> Iterator[tuple[int, int]]:
-    """A single-worker nginx on core 0, serving a small file: its port and its worker's pid."""
+    """A single-worker nginx on core 0 with the settings of Debian's package and a small page: port and worker's pid."""
     folder = tempfile.mkdtemp(prefix="spanloom-bench-")
     port = free_port()
-    Path(folder, "index.html").write_text("hello " * 20)
+    Path(folder, "index.html").write_text("hello " * 100)
     Path(folder, "nginx.conf").write_text(
         f"daemon off; worker_processes 1; pid {folder}/pid; error_log {folder}/error.log;\n"
         "events { worker_connections 1024; }\n"
-        f"http {{ access_log off; sendfile on; keepalive_requests 1000000; root {folder};\n"
-        f"server {{ listen 127.0.0.1:{port}; }} }}\n"
+        f"http {{ access_log {folder}/access.log; sendfile on; tcp_nopush on; keepalive_requests 100000000;\n"
+        f"root {folder}; server {{ listen 127.0.0.1:{port};\n"
+        "location /status { access_log off; stub_status; } } }\n"
     )
     os.chmod(folder, 0o755)
     process = subprocess.Popen(
@@ -213,66 +214,119 @@ def nginx() -> Iterator[tuple[int, int]]:
         shutil.rmtree(folder)
 
 
-def wrk(port: int, seconds: int) -> float:
-    """Requests per second of 64 keep-alive connections, from core 1."""
-    output = subprocess.run(
-        ["taskset", "-c", "1", "wrk", "-t1", "-c64", f"-d{seconds}s", f"http://127.0.0.1:{port}/"],
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    return float(re.search(r"Requests/sec:\s+([\d.]+)", output)[1])
+@contextmanager
+def wrk(port: int, seconds: float) -> Iterator[None]:
+    """Requests over 64 keep-alive connections from core 1, as many as there is time for."""
+    process = subprocess.Popen(
+        ["taskset", "-c", "1", "wrk", "-t1", "-c64", f"-d{int(seconds) + 1}s", f"http://127.0.0.1:{port}/"],
+        stdout=subprocess.DEVNULL,
+    )
+    try:
+        yield
+    finally:
+        process.terminate()
+        process.wait(10)
 
 
-def measure_nginx(rounds: int, seconds: int) -> dict[str, object]:
-    """Requests per second of a saturated nginx, attached over not attached, in alternating rounds; ns per program."""
-    plain: list[tuple[float, float]] = []
-    traced: list[tuple[float, float]] = []
-    programs: dict[str, dict[str, float]] = {}
+class Switchable:
+    """The real agent on core 1, its probes on and off by command: bench/switchable.py."""
 
-    def one(results: list[tuple[float, float]]) -> None:
-        before, began = cpu_seconds(worker), time.monotonic()
-        rate = wrk(port, seconds)
-        busy = (cpu_seconds(worker) - before) / (time.monotonic() - began)
-        results.append((rate, busy))
+    def __init__(self, *settings: str) -> None:
+        command = ["taskset", "-c", "1", sys.executable, "-m", "bench.switchable", *settings]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._answer()
 
+    def _answer(self) -> str:
+        line = self.process.stdout.readline()
+        if not line:
+            raise SystemExit("the agent did not start")
+        return line
+
+    def command(self, name: str) -> str:
+        self.process.stdin.write(name + "\n")
+        self.process.stdin.flush()
+        return self._answer()
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait(20)
+
+
+def measure_nginx(pairs: int, backend: str) -> dict[str, object]:
+    """Requests per second of a saturated nginx, attached over not attached, in short windows one after the other."""
+    settle_seconds, window_seconds = 0.75, 0.5
+    windows: dict[str, list[tuple[float, float]]] = {"detached": [], "attached": []}
     with nginx() as (port, worker), collector() as (collector_port, _):
-        wrk(port, 1)
-        for _ in range(rounds):
-            one(plain)
-            # The load generator stands for clients elsewhere: it is not traced.
-            with agent(collector_port, "select.executables.exclude=[wrk]", f"select.ports.include=[{port}]"):
-                wrk(port, 1)
-                one(traced)
-        with agent(collector_port, "select.executables.exclude=[wrk]", f"select.ports.include=[{port}]") as (_, url):
+        # The load generator stands for clients elsewhere: it is not traced.
+        agent = Switchable(
+            f"export.otlp.endpoint=http://127.0.0.1:{collector_port}",
+            "telemetry.listen=null",
+            "select.executables.exclude=[wrk]",
+            f"select.ports.include=[{port}]",
+            f"kernel.backend={backend}",
+        )
+        status = socket.create_connection(("127.0.0.1", port))
+
+        def served() -> int:
+            status.sendall(b"GET /status HTTP/1.1\r\nHost: bench\r\n\r\n")
+            return int(re.search(rb"\n (\d+) (\d+) (\d+)", status.recv(4096))[3])
+
+        def window() -> tuple[float, float]:
+            count, used, began = served(), cpu_seconds(worker), time.monotonic()
+            time.sleep(window_seconds)
+            count, used = served() - count, cpu_seconds(worker) - used
+            took = time.monotonic() - began
+            return count / took, used / took
+
+        def statistics_of_programs() -> dict[str, dict[str, float]]:
             previous = BPF_STATS.read_text()
             BPF_STATS.write_text("1")
             try:
-                rate = wrk(port, seconds)
-                text = get(url + "/metrics")
+                before = json.loads(agent.command("statistics"))
+                requests = served()
+                time.sleep(1.0)
+                after = json.loads(agent.command("statistics"))
+                requests = served() - requests
             finally:
                 BPF_STATS.write_text(previous)
-            requests = rate * seconds
-            for name in re.findall(r'spanloom_program_runs_total{program="(\w+)"}', text):
-                runs = float(re.search(rf'spanloom_program_runs_total{{program="{name}"}} (\S+)', text)[1])
-                spent = float(re.search(rf'spanloom_program_seconds_total{{program="{name}"}} (\S+)', text)[1])
+            programs = {}
+            for name, (runs, spent) in after["programs"].items():
+                runs_before, spent_before = before["programs"].get(name, (0, 0))
+                runs, spent = runs - runs_before, spent - spent_before
                 if runs:
                     programs[name] = {
-                        "ns_per_run": round(spent / runs * 1e9),
+                        "ns_per_run": round(spent / runs),
                         "runs_per_request": round(runs / requests, 2),
-                        "ns_per_request": round(spent / requests * 1e9),
+                        "ns_per_request": round(spent / requests),
                     }
-    rates = [t[0] / p[0] for p, t in zip(plain, traced, strict=True)]
-    # What a worker with no time to spare serves: the load generator shares its core with the agent and may not keep
-    # the worker busy while the agent works.
-    cpu = [(t[1] / t[0]) / (p[1] / p[0]) for p, t in zip(plain, traced, strict=True)]
+            return programs
+
+        try:
+            with wrk(port, 2 * pairs * (settle_seconds + window_seconds + 0.2) + 8):
+                for _ in range(pairs):
+                    for state in ("detached", "attached"):
+                        agent.command(state.removesuffix("ed"))
+                        time.sleep(settle_seconds)
+                        windows[state].append(window())
+                programs = statistics_of_programs()
+            counters = json.loads(agent.command("statistics"))["counters"]
+        finally:
+            status.close()
+            agent.close()
+    paired = list(zip(windows["detached"], windows["attached"], strict=True))
     return {
-        "requests_per_second_plain": round(statistics.median(rate for rate, _ in plain)),
-        "requests_per_second_traced": round(statistics.median(rate for rate, _ in traced)),
-        "throughput_ratio": round(statistics.median(rates), 3),
-        "capacity_ratio": round(1 / statistics.median(cpu), 3),
-        "worker_busy_percent_plain": round(100 * statistics.median(busy for _, busy in plain), 1),
-        "worker_busy_percent_traced": round(100 * statistics.median(busy for _, busy in traced), 1),
+        "backend": backend,
+        "requests_per_second_plain": round(statistics.median(rate for rate, _ in windows["detached"])),
+        "requests_per_second_traced": round(statistics.median(rate for rate, _ in windows["attached"])),
+        "throughput_ratio": round(statistics.median(traced[0] / plain[0] for plain, traced in paired), 3),
+        # By the worker's CPU time per request: what a worker without idle time serves.
+        "capacity_ratio": round(
+            statistics.median((plain[1] / plain[0]) / (traced[1] / traced[0]) for plain, traced in paired), 3
+        ),
+        "worker_busy_percent_plain": round(100 * statistics.median(busy for _, busy in windows["detached"]), 1),
+        "worker_busy_percent_traced": round(100 * statistics.median(busy for _, busy in windows["attached"]), 1),
+        "dropped": sum(value for name, value in counters.items() if name.startswith("dropped")),
+        "begun": counters["begun"],
         "programs": programs,
     }
 
@@ -296,21 +350,22 @@ def table(result: dict) -> str:
     """The result as text for people."""
     lines = []
     if "nginx" in result:
-        web = result["nginx"]
-        lines += [
-            "nginx, one saturated worker (agent on the other core)",
-            f"  requests/s attached / not attached   {web['throughput_ratio']:.3f}   "
-            f"({web['requests_per_second_traced']} / {web['requests_per_second_plain']}, worker busy "
-            f"{web['worker_busy_percent_traced']:.0f} % / {web['worker_busy_percent_plain']:.0f} %)",
-            f"  the same for a worker busy all the time, by its CPU per request   {web['capacity_ratio']:.3f}",
-            "",
-            "  program                 ns/run  runs/request  ns/request",
-        ]
-        lines += [
-            f"  {name:<20} {one['ns_per_run']:>9} {one['runs_per_request']:>13} {one['ns_per_request']:>11}"
-            for name, one in web["programs"].items()
-        ]
-        lines.append("")
+        for web in result["nginx"]:
+            lines += [
+                f"nginx, one saturated worker, backend {web['backend']} (agent and load generator on the other core)",
+                f"  requests/s attached / not attached   {web['throughput_ratio']:.3f}   "
+                f"({web['requests_per_second_traced']} / {web['requests_per_second_plain']}, worker busy "
+                f"{web['worker_busy_percent_traced']:.0f} % / {web['worker_busy_percent_plain']:.0f} %)",
+                f"  the same by the worker's CPU time per request   {web['capacity_ratio']:.3f}",
+                f"  exchanges dropped   {web['dropped']} of {web['begun']}",
+                "",
+                "  program                 ns/run  runs/request  ns/request",
+            ]
+            lines += [
+                f"  {name:<20} {one['ns_per_run']:>9} {one['runs_per_request']:>13} {one['ns_per_request']:>11}"
+                for name, one in web["programs"].items()
+            ]
+            lines.append("")
     if "spans" in result:
         lines += [
             "agent, from ring-buffer record to acknowledged OTLP",
@@ -334,13 +389,16 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the agent (spans)"
     )
-    parser.add_argument("--rounds", type=int, default=5, help="repetitions of the nginx comparison (default 5)")
+    parser.add_argument("--pairs", type=int, default=15, help="windows without and with the probes on nginx (default 15)")
+    parser.add_argument(
+        "--backends", nargs="*", default=["sockets", "syscalls"], help="kernel.backend of the nginx comparison"
+    )
     arguments = parser.parse_args()
     parts = arguments.parts or ["nginx", "spans", "start"]
     result: dict[str, object] = {}
     if "nginx" in parts:
         print("measuring nginx …", file=sys.stderr)
-        result["nginx"] = measure_nginx(arguments.rounds, max(1, round(arguments.seconds / 3)))
+        result["nginx"] = [measure_nginx(arguments.pairs, backend) for backend in arguments.backends]
     if "spans" in parts:
         result["spans"] = []
         for rate in (1000, 5000, 20000, 0):

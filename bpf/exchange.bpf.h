@@ -17,9 +17,10 @@
 /* One data-carrying system call, whatever its form. */
 struct transfer {
 	__u64 buffer;    /* user address of the bytes; unused with iov */
-	__u64 iov;       /* user address of an array of iovecs, or 0 */
+	__u64 iov;       /* address of an array of iovecs, or 0: the kernel's own copy when it is a kernel address */
 	__u64 length;    /* bytes moved, or offered at entry; with iov at entry: filled in by absorb() */
 	__u64 iov_count;
+	__u64 sequence; /* socket backend, at entry: TCP's number of the first byte offered */
 };
 
 #define LENGTH_UNKNOWN (~0ULL)
@@ -31,9 +32,10 @@ static __always_inline __u64 random_id(void)
 	return id ? id : 1;
 }
 
+/* The one helper that reads user and kernel memory alike, on x86-64 and arm64: the two do not overlap there. */
 static __always_inline bool read_iovec(struct user_iovec *iovec, __u64 iov, __u32 index)
 {
-	return !bpf_probe_read_user(iovec, sizeof(*iovec), (void *)(iov + index * sizeof(*iovec)));
+	return !bpf_probe_read(iovec, sizeof(*iovec), (void *)(iov + index * sizeof(*iovec)));
 }
 
 /* What the first bytes of a transfer look like. */
@@ -362,8 +364,16 @@ static __always_inline void abandon(struct connection *connection, __u32 counter
 	connection->state = STATE_IDLE;
 }
 
+/* A thread that serves a socket does not have an event loop watch it meanwhile. */
+static __always_inline bool is_watched(__u64 sock)
+{
+	struct file *file = BPF_CORE_READ((struct sock *)sock, sk_socket, file);
+
+	return bpf_core_field_exists(file->f_ep) && BPF_CORE_READ(file, f_ep);
+}
+
 /* The server exchange that the current thread is serving, when that is beyond doubt: the thread read its request
- * last, has not waited for events since, and no response byte was sent.
+ * last, has not waited for events since, no event loop watches the connection, and no response byte was sent.
  */
 static __always_inline __u64 serving_exchange(__u32 tgid, __u32 tid)
 {
@@ -376,7 +386,7 @@ static __always_inline __u64 serving_exchange(__u32 tgid, __u32 tid)
 	exchange_id = thread->exchange_id;
 	sock = thread->sock;
 	served = bpf_map_lookup_elem(&connections, &sock);
-	if (!served || served->exchange.exchange_id != exchange_id || served->state != STATE_REQUEST)
+	if (!served || served->exchange.exchange_id != exchange_id || served->state != STATE_REQUEST || is_watched(sock))
 		return 0;
 	return exchange_id;
 }
@@ -476,6 +486,15 @@ static __always_inline __u64 peer_exchange(struct connection *connection, __u64 
 		return 0; /* pipelining that was not noticed: the client's exchange is several of ours */
 	peer->claimed_id = peer->exchange.exchange_id;
 	return peer->exchange.exchange_id;
+}
+
+/* Whether the current process is captured. *process is its entry, or 0 when nothing is known of it yet. */
+static __always_inline bool is_captured(__u64 pid_tgid, struct process **process)
+{
+	__u32 tgid = pid_tgid >> 32;
+
+	*process = bpf_map_lookup_elem(&processes, &tgid);
+	return !*process || (*process)->state != PROCESS_IGNORED;
 }
 
 /* Tells user space of a process that it has not decided on, once. Returns the process's entry. */
@@ -811,8 +830,8 @@ static __always_inline void undo_point(struct connection *connection, bool respo
 	connection->undo_end_ns = response ? connection->exchange.response_end_ns : connection->exchange.request_end_ns;
 }
 
-/* Request bytes went by, or are about to. */
-static __always_inline void on_request_bytes(struct connection *connection, struct process *process,
+/* Request bytes went by, or are about to. `process` is looked up here when `lazy`. */
+static __always_inline void on_request_bytes(struct connection *connection, struct process *process, bool lazy,
 					     struct transfer *transfer, __u64 sock, __u64 now, __u64 pid_tgid, bool entering)
 {
 	struct record_exchange *exchange = &connection->exchange;
@@ -831,6 +850,8 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		count(COUNTER_IGNORED_OTHER);
 		return;
 	}
+	if (starts && lazy && !is_captured(pid_tgid, &process))
+		return;
 	/* Behind a request that may have a body this may still be a part of it, which user space tells by its framing. */
 	if (connection->state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) &&
 	    (!is_bodyless(connection) || ends_in_blank_line(connection))) {
@@ -890,6 +911,15 @@ static __always_inline void forget_interim(struct connection *connection)
 	exchange->flags |= FLAG_INTERIM;
 }
 
+/* What a transfer looks like whose bytes were captured from `offset` on. Few of them, and user memory tells. */
+static __always_inline int look_behind(struct connection *connection, const struct transfer *transfer, __u64 offset)
+{
+	opaque(offset);
+	if (offset > request_cap || offset + 8 > connection->data_length)
+		return look(transfer);
+	return judge(*(__u64 *)(connection->data + offset), 8);
+}
+
 static __always_inline void on_response_bytes(struct connection *connection, struct transfer *transfer, __u64 sock,
 					      __u64 now, __u64 pid_tgid, bool entering)
 {
@@ -906,33 +936,35 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		forget_interim(connection);
 		starts = true;
 	}
+	before = connection->data_length;
+	if (entering)
+		undo_point(connection, true, pid_tgid);
 	if (starts) {
-		int looks = look(transfer);
+		exchange->request_captured = before;
+		connection->tail = 0;
+		connection->tail_valid = 1;
+	}
+	if ((__u64)before == exchange->request_captured + exchange->response_bytes)
+		limit = exchange->request_captured + response_cap;
+	length = absorb(connection, transfer, sock, limit, true);
+	absorbed = connection->data_length - before;
+	if (starts) {
+		int looks = look_behind(connection, transfer, before);
 
-		if (looks & LOOK_FAILED)
-			return;
 		foreign = !(looks & LOOKS_RESPONSE);
-		if (foreign && !connection->reports) {
+		if ((looks & LOOK_FAILED) || (foreign && !connection->reports)) {
+			connection->data_length = before;
+			connection->write_tid = 0;
+			if (looks & LOOK_FAILED)
+				return;
 			abandon(connection, COUNTER_DROPPED_NOT_HTTP, now);
 			connection->mode = MODE_IGNORED;
 			return;
 		}
-	}
-	if (entering)
-		undo_point(connection, true, pid_tgid);
-	if (starts) {
-		exchange->request_captured = connection->data_length;
 		exchange->response_start_ns = now;
 		exchange->response_tid = pid_tgid;
 		connection->state = STATE_RESPONSE;
-		connection->tail = 0;
-		connection->tail_valid = 1;
 	}
-	if ((__u64)connection->data_length == exchange->request_captured + exchange->response_bytes)
-		limit = exchange->request_captured + response_cap;
-	before = connection->data_length;
-	length = absorb(connection, transfer, sock, limit, true);
-	absorbed = connection->data_length - before;
 	exchange->response_bytes += length;
 	exchange->response_end_ns = now;
 	connection->write_offered = length;
@@ -976,7 +1008,9 @@ static __always_inline bool port_selected(const struct record_exchange *exchange
 	return selected ? *selected : ports_default;
 }
 
-/* A connection that is not tracked carried bytes: track it when they begin a request. */
+/* A connection that is not tracked carried bytes: track it when they begin a request. `socket` is 0 when the sock is
+ * known to be TCP's.
+ */
 static __always_inline struct connection *track(struct socket *socket, struct sock *sock, struct transfer *transfer,
 						bool egress)
 {
@@ -990,7 +1024,7 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
 		return 0;
 	}
-	if (!is_tcp(socket, sock))
+	if (socket && !is_tcp(socket, sock))
 		return 0;
 	if (bpf_map_update_elem(&connections, &key, &zero_connection, BPF_NOEXIST)) {
 		count(COUNTER_BEGUN);
@@ -1000,6 +1034,10 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection)
 		return 0;
+	connection->sock = key;
+	connection->received_seq = BPF_CORE_READ((struct tcp_sock *)sock, copied_seq);
+	if (!egress)
+		connection->received_seq -= transfer->length; /* counted with the others, in on_transfer() */
 	connection->exchange.kind = RECORD_EXCHANGE;
 	connection->exchange.role = egress ? ROLE_CLIENT : ROLE_SERVER;
 	connection->exchange.connection_id = random_id();
@@ -1021,22 +1059,28 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	return connection;
 }
 
-/* Every transfer comes through here. `entering`: a write that has not happened yet. */
-static __always_inline void on_transfer(struct process *process, __u32 fd, struct transfer *transfer, bool egress,
-					bool entering, __u64 pid_tgid)
+/* The socket backend sees a long write once per packet that it fills. All but the first time, what is left to be
+ * offered ends where the offer that was handled ends.
+ */
+static __always_inline bool continues(const struct connection *connection, const struct transfer *transfer, __u32 tid)
 {
-	struct connection *connection;
-	struct sock *sock;
-	struct socket *socket = socket_of_fd(fd, &sock);
-	__u64 key, now;
+	return connection->write_tid == tid &&
+	       (__u32)transfer->sequence - connection->write_seq + transfer->length == connection->write_offered;
+}
+
+/* Every transfer comes through here. `connection` is the sock's, or 0. `entering`: a write that has not happened yet.
+ * `socket` is 0 in the socket backend: its sock is a trusted pointer and TCP's, and the process of a connection that is
+ * tracked is looked up where it is needed.
+ */
+static __always_inline void on_transfer(struct connection *connection, struct process *process, struct socket *socket,
+					struct sock *sock, struct transfer *transfer, bool egress, bool entering,
+					__u64 pid_tgid)
+{
+	__u64 key = (__u64)sock, now;
 	bool response;
 
-	if (!socket)
-		return;
-	key = (__u64)sock;
-	connection = bpf_map_lookup_elem(&connections, &key);
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
-	    !same_ports(sock, &connection->exchange)) {
+	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
 		if (connection->state != STATE_IDLE)
 			finish(connection, END_CLOSED, bpf_ktime_get_ns());
 		bpf_map_delete_elem(&connections, &key);
@@ -1046,20 +1090,25 @@ static __always_inline void on_transfer(struct process *process, __u32 fd, struc
 		connection = track(socket, sock, transfer, egress);
 		if (!connection)
 			return;
+	} else if (!socket && entering && continues(connection, transfer, pid_tgid)) {
+		return;
 	}
+	if (!egress)
+		connection->received_seq += transfer->length;
 	if (connection->mode == MODE_IGNORED)
 		return;
 	now = bpf_ktime_get_ns();
 	response = egress == (connection->exchange.role == ROLE_SERVER);
 	if (connection->mode == MODE_STREAM) {
 		if (!entering)
-			stream_transfer(key, transfer, response);
+			stream_transfer(connection->sock, transfer, response);
 		return;
 	}
 	if (response)
-		on_response_bytes(connection, transfer, key, now, pid_tgid, entering);
+		on_response_bytes(connection, transfer, connection->sock, now, pid_tgid, entering);
 	else
-		on_request_bytes(connection, process, transfer, key, now, pid_tgid, entering);
+		on_request_bytes(connection, process, !socket, transfer, connection->sock, now, pid_tgid, entering);
+	connection->write_seq = transfer->sequence;
 }
 
 /* Settles a write that was handled at its entry: it was refused, came short, or may have blocked. */

@@ -41,10 +41,17 @@ struct inode {
 	unsigned short i_mode;
 };
 
+struct hlist_node;
+
+struct hlist_head {
+	struct hlist_node *first;
+};
+
 struct file {
 	struct path f_path;
 	struct inode *f_inode;
 	void *private_data;
+	struct hlist_head *f_ep; /* who watches it by epoll; since 5.11, commit 319c15174757 */
 };
 
 struct fdtable {
@@ -61,6 +68,7 @@ struct mm_struct {
 };
 
 struct task_struct {
+	unsigned int flags;
 	int pid;
 	int tgid;
 	struct mm_struct *mm;
@@ -110,6 +118,7 @@ struct sock {
 };
 
 struct tcp_sock {
+	__u32 copied_seq;
 	__u32 rcv_nxt;
 	__u32 write_seq;
 	__u32 snd_una;
@@ -119,6 +128,24 @@ struct socket {
 	short type;
 	struct file *file;
 	struct sock *sk;
+};
+
+/* Flat: CO-RE finds members of the anonymous unions by their names. */
+struct iov_iter {
+	__u8 iter_type;
+	__u64 iov_offset;
+	void *ubuf; /* in one union with the address of the iovecs */
+	__u64 count;
+	unsigned long nr_segs;
+};
+
+enum iter_type {
+	ITER_UBUF, /* since 6.0, commit fcb14cb1bdac */
+	ITER_IOVEC,
+};
+
+struct msghdr {
+	struct iov_iter msg_iter;
 };
 
 struct bpf_iter_meta {
@@ -179,6 +206,7 @@ struct user_mmsghdr {
 #define EPIPE 32
 #define ECONNRESET 104
 #define ETIMEDOUT 110
+#define PF_KTHREAD 0x00200000 /* include/linux/sched.h */
 #define MSG_OOB 0x1
 #define MSG_PEEK 0x2
 #define MSG_TRUNC 0x20

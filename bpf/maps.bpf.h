@@ -41,6 +41,7 @@ enum exchange_state {
 };
 
 struct connection {
+	__u64 sock;               /* the entry's key */
 	__u64 peer_sock;          /* key of the other end's connection on this node, or 0 */
 	__u64 peer_connection_id; /* guards against a recycled peer_sock */
 	__u64 claimed_id;         /* exchange that the other end took for its peer: one request has one receiver */
@@ -58,6 +59,8 @@ struct connection {
 	__u64 cursor_limit;
 	__u32 undo_data_length;
 	__u32 write_tid;
+	__u32 write_seq;    /* socket backend: TCP's number of the first byte of the write handled last */
+	__u32 received_seq; /* socket backend: TCP's number of the next byte to be read, as far as reads were seen */
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
 	__u8 undo_state;
 	__u8 write_is_response;
@@ -167,6 +170,23 @@ struct {
 	__type(value, __u64);
 } counters SEC(".maps");
 
+/* Socket backend: the send that is under way on this CPU, so that its end need not look the connection up in the common
+ * case. Another thread may have taken the place meanwhile; then the end looks it up.
+ */
+struct send {
+	__u64 sock;
+	__u64 offered; /* bytes */
+	__u32 tid;
+	__u32 _pad;
+};
+
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct send);
+} sends SEC(".maps");
+
 struct segment_scratch {
 	struct record_segment record;
 	__u8 data[SEGMENT_CAP + COPY_SLACK];
@@ -205,6 +225,7 @@ union {
 
 /* .bss, mapped by user space. */
 __u64 oldest_unreported_ns; /* lowered by the sweep to the begin of the oldest exchange that no record told of yet */
+__u64 capturing; /* set by user space once all programs are attached: half of them would misread what they see */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */
 

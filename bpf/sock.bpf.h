@@ -79,6 +79,12 @@ static __always_inline bool same_ports(struct sock *sock, const struct record_ex
 	       bpf_ntohs(BPF_CORE_READ(sock, __sk_common.skc_dport)) == exchange->remote_port;
 }
 
+static __always_inline bool same_ports_trusted(struct sock *sock, const struct record_exchange *exchange)
+{
+	return sock->__sk_common.skc_num == exchange->local_port &&
+	       bpf_ntohs(sock->__sk_common.skc_dport) == exchange->remote_port;
+}
+
 static __always_inline void endpoint_of(struct endpoint *endpoint, const __u8 *address, __u16 port, __u32 netns,
 					__u16 server_port)
 {

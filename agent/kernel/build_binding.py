@@ -60,6 +60,7 @@ struct program_statistics {
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
 struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
 long spanloom_btf_types(const char *path);
+int spanloom_kernel_has_type(const char *name);
 long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
@@ -315,6 +316,16 @@ static long spanloom_btf_types(const char *path)
     count = btf__type_cnt(btf);
     btf__free(btf);
     return count;
+}
+
+/* Whether the running kernel's BTF has a typedef, such as the btf_trace_* that tracepoints leave behind. */
+static int spanloom_kernel_has_type(const char *name)
+{
+    struct btf *btf = btf__load_vmlinux_btf();
+    int found = btf && btf__find_by_name_kind(btf, name, BTF_KIND_TYPEDEF) > 0;
+
+    btf__free(btf);
+    return found;
 }
 
 /* Bytes of machine code that the kernel made of a program: 0 when it interprets it; -errno. */

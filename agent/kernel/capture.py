@@ -26,12 +26,21 @@ BATCH_SLOTS = 4096
 
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
 
-_PROGRAMS = ("on_sys_enter", "on_sys_exit", "on_sock_state", "on_process_exit", "on_process_exec")
+_COMMON = ("on_sock_state", "on_process_exit", "on_process_exec")
+_BACKENDS = {
+    "syscalls": ("on_sys_enter", "on_sys_exit"),
+    "sockets": ("on_send", "on_sent", "on_received", "on_read", "on_switch"),
+}
 
 
 class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
-    """What the programs are loaded with. Sizes in bytes; ports are the server's; empty ``include`` selects all."""
+    """What the programs are loaded with. Sizes in bytes; ports are the server's; empty ``include`` selects all.
 
+    ``backend``: where the programs listen. "syscalls" works everywhere, "sockets" is cheaper and needs tracepoints of
+    Linux 6.16, "auto" takes the cheaper one that this kernel has.
+    """
+
+    backend: str = "auto"
     request_head_bytes: int = 1024
     response_head_bytes: int = 256
     connections: int = 32768
@@ -98,11 +107,17 @@ class Capture:
         if parse_enum(self._describe("process_state")) != states:
             raise LayoutMismatchError(f"enum process_state differs from {states}")
         self._configure(settings)
+        self.backend = choose_backend(settings.backend)
+        self._programs = (*_BACKENDS[self.backend], *_COMMON)
+        for backend, names in _BACKENDS.items():
+            for name in names:
+                lib.bpf_program__set_autoload(self._program(name), backend == self.backend)
         error = lib.bpf_object__load(self._object)
         if error:
             raise _load_error(-error, "load")
         self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
         self._ports(settings)
+        self._capturing = ffi.cast("uint64_t *", self._variable(".bss", "capturing", 8))
         self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
         self._drain = lib.spanloom_drain_new(lib.bpf_map__fd(self._map("records")))
         if self._drain == ffi.NULL:
@@ -116,7 +131,7 @@ class Capture:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
         for tgid in ignore_tgids:
             self.decide(tgid, 0, PROCESS_IGNORED)
-        for name in _PROGRAMS:
+        for name in self._programs:
             link = lib.bpf_program__attach(self._program(name))
             if link == ffi.NULL:
                 raise _load_error(ffi.errno, f"attach {name}")
@@ -124,6 +139,7 @@ class Capture:
         self._iter_link = lib.spanloom_attach_map_iter(self._program("sweep"), self._map("connections"))
         if self._iter_link == ffi.NULL:
             raise _load_error(ffi.errno, "attach sweep")
+        self._capturing[0] = 1
 
     def wait(self, timeout_seconds: float) -> bool:
         """Sleep until the kernel asks to be read, a signal arrives, or the time is up. True: there is something."""
@@ -192,7 +208,7 @@ class Capture:
         """The kernel's statistics of every program."""
         result = []
         statistics = ffi.new("struct program_statistics *")
-        for name in (*_PROGRAMS, "sweep"):
+        for name in (*self._programs, "sweep"):
             if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
                 result.append(
                     ProgramStatistics(
@@ -211,8 +227,16 @@ class Capture:
 
     def detach(self) -> None:
         """Stop capturing; what is in the ring buffer can still be drained."""
+        if self._links:
+            self._capturing[0] = 0
         while self._links:
             lib.bpf_link__destroy(self._links.pop())
+
+    def forget_connections(self) -> None:
+        """Drop the state of every connection: what was seen before a pause in capturing tells nothing of what follows."""
+        descriptor, key = self._maps["connections"], ffi.new("uint64_t *")
+        while lib.bpf_map_get_next_key(descriptor, ffi.NULL, key) == 0:
+            lib.bpf_map_delete_elem(descriptor, key)
 
     def hasten(self) -> None:
         """Let the next sweep report responses without waiting for silence. For the end: there is no way back."""
@@ -305,6 +329,28 @@ class Capture:
     def _check(error: int) -> None:
         if error:
             raise _load_error(-error, "prepare maps")
+
+
+SOCKET_TRACEPOINTS = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length", "tcp_rcv_space_adjust", "sched_switch")
+"""What the socket backend listens to; the youngest is tcp_sendmsg_locked (6.16, commit 0f08335ade71)."""
+
+
+def choose_backend(wanted: str) -> str:
+    """Resolve "auto" to "sockets" where the kernel's BTF has all its tracepoints, else to "syscalls".
+
+    Raises KernelUnsupportedError when "sockets" is asked for and one is missing.
+    """
+    if wanted == "syscalls":
+        return wanted
+    missing = [name for name in SOCKET_TRACEPOINTS if not lib.spanloom_kernel_has_type(f"btf_trace_{name}".encode())]
+    if not missing:
+        return "sockets"
+    if wanted == "sockets":
+        raise KernelUnsupportedError(
+            f"this kernel has no tracepoint {missing[0]}, which kernel.backend=sockets needs (Linux 6.16): "
+            "set kernel.backend to auto"
+        )
+    return "syscalls"
 
 
 def require_tracing_privileges() -> None:

@@ -197,6 +197,8 @@ class AgentProcess:
         }
         if collector is not None:
             self.settings["export.otlp.endpoint"] = collector.endpoint
+        if backend := os.environ.get("SPANLOOM_TEST_BACKEND"):
+            self.settings["kernel.backend"] = backend
         self.settings.update(settings or {})
         self.environment = clean_environment(**(environment or {}))
         tag = f"agent-{self.telemetry_port}"

@@ -1,0 +1,242 @@
+/* SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause) */
+/* The cheap backend: the socket layer's own tracepoints. It costs nothing on calls that are not TCP's, needs no look-up
+ * from descriptor to socket, and keeps all system calls on the kernel's fast path. Needs tcp_sendmsg_locked (6.16, commit
+ * 0f08335ade71), sock_recv_length and sock_send_length (6.3, commit 6e6eda44b939) and bpf_task_pt_regs (5.15, commit
+ * dd6e10fbd9fb).
+ */
+#ifndef SPANLOOM_SOCKETS_BPF_H
+#define SPANLOOM_SOCKETS_BPF_H
+
+#include "transfer.bpf.h"
+
+/* What the current thread asked of the kernel, or 0: kernel threads, and 32-bit tasks, whose calls are others. */
+static __always_inline syscall_regs *call_of(struct task_struct *task)
+{
+	syscall_regs *regs;
+
+	if (task->flags & PF_KTHREAD)
+		return 0;
+	regs = (void *)bpf_task_pt_regs(task);
+	return SYSCALL_IS_COMPAT(regs) ? 0 : regs;
+}
+
+/* The bytes that a call for one message moves lie in user memory: where. */
+static __always_inline bool bytes_of_call(syscall_regs *regs, struct transfer *transfer)
+{
+	switch (SYSCALL_NR(regs)) {
+	case NR_write:
+	case NR_sendto:
+	case NR_read:
+	case NR_recvfrom:
+		transfer->buffer = SYSCALL_ARG2(regs);
+		return true;
+	case NR_writev:
+	case NR_readv:
+		from_iov(transfer, SYSCALL_ARG2(regs), SYSCALL_ARG3(regs));
+		return true;
+	case NR_recvmmsg:
+		if (SYSCALL_ARG3(regs) != 1)
+			return false;
+		/* fall through */
+	case NR_sendmsg:
+	case NR_recvmsg:
+		return from_msghdr(transfer, SYSCALL_ARG2(regs));
+	}
+	return false;
+}
+
+static __always_inline bool is_internet_tcp(struct sock *sock)
+{
+	return sock->sk_protocol == IPPROTO_TCP &&
+	       (sock->__sk_common.skc_family == AF_INET || sock->__sk_common.skc_family == AF_INET6);
+}
+
+#define NOT_OFFERED (~0ULL)
+
+/* Why tcp_sendmsg_locked: outgoing bytes are complete in user memory here, and nothing of them has been sent. It is hit
+ * again for every packet that a long write fills: continues().
+ */
+SEC("tp_btf/tcp_sendmsg_locked")
+int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
+{
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct connection *connection;
+	struct transfer transfer = {};
+	struct process *process;
+	syscall_regs *regs;
+	struct send *send;
+	__u32 zero = 0;
+	__u8 kind;
+
+	send = bpf_map_lookup_elem(&sends, &zero);
+	if (!send || !capturing)
+		return 0;
+	send->sock = (__u64)sock;
+	send->tid = pid_tgid;
+	send->offered = NOT_OFFERED;
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs)
+		return 0;
+	switch (SYSCALL_NR(regs)) { /* not io_uring: its reads are not seen */
+	case NR_write:
+	case NR_sendto:
+	case NR_writev:
+	case NR_sendmsg:
+	case NR_sendmmsg:
+		break;
+	default:
+		return 0;
+	}
+	transfer.length = message->msg_iter.count;
+	kind = message->msg_iter.iter_type;
+	if (kind != bpf_core_enum_value(enum iter_type, ITER_UBUF) &&
+	    kind != bpf_core_enum_value(enum iter_type, ITER_IOVEC))
+		return 0; /* what sendfile, splice and kTLS pass on */
+	send->offered = transfer.length;
+	connection = connection_of(sock);
+	if (connection ? connection->mode == MODE_IGNORED : !is_captured(pid_tgid, &process))
+		return 0;
+	if (kind == bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
+		transfer.buffer = (__u64)BPF_CORE_READ(message, msg_iter.ubuf) + message->msg_iter.iov_offset;
+	} else {
+		transfer.iov = (__u64)BPF_CORE_READ(message, msg_iter.ubuf);
+		transfer.iov_count = message->msg_iter.nr_segs;
+	}
+	simplify(&transfer);
+	transfer.sequence = BPF_CORE_READ((struct tcp_sock *)sock, write_seq);
+	on_transfer(connection, 0, 0, sock, &transfer, true, true, pid_tgid);
+	return 0;
+}
+
+/* Why sock_send_length: whether all that was offered was taken, and the bytes that were not offered in on_send(). */
+SEC("tp_btf/sock_send_length")
+int BPF_PROG(on_sent, struct sock *sock, int moved)
+{
+	__u64 key = (__u64)sock, pid_tgid = bpf_get_current_pid_tgid();
+	struct connection *connection;
+	struct transfer transfer = {};
+	struct process *process;
+	bool offered = false;
+	syscall_regs *regs;
+	struct send *send;
+	__u32 zero = 0;
+
+	send = bpf_map_lookup_elem(&sends, &zero);
+	if (!send)
+		return 0;
+	if (send->sock == key && send->tid == (__u32)pid_tgid) {
+		offered = send->offered != NOT_OFFERED;
+		send->sock = 0;
+		if (moved == send->offered && moved <= MAY_BLOCK_BYTES && !stream_connections)
+			return 0;
+	}
+	if (!moved || !capturing || !is_internet_tcp(sock))
+		return 0;
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs)
+		return 0;
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (SYSCALL_NR(regs) == NR_sendfile || SYSCALL_NR(regs) == NR_splice) {
+		if (connection && moved > 0)
+			on_bodiless_bytes(connection, moved, true);
+		return 0;
+	}
+	if (connection && connection->mode == MODE_EXCHANGE && connection->write_tid == (__u32)pid_tgid &&
+	    BPF_CORE_READ((struct tcp_sock *)sock, write_seq) == connection->write_seq + (moved > 0 ? moved : 0)) {
+		settle_write(connection, moved, pid_tgid);
+		return 0;
+	}
+	if (moved < 0 || (offered && !(connection && connection->mode == MODE_STREAM)))
+		return 0;
+	if (!connection && !is_captured(pid_tgid, &process))
+		return 0;
+	/* kTLS, TCP fast open, and stream mode, which wants to know what was really sent. */
+	transfer.length = moved;
+	if (bytes_of_call(regs, &transfer)) {
+		simplify(&transfer);
+		on_transfer(connection, 0, 0, sock, &transfer, true, false, pid_tgid);
+	} else if (connection) {
+		on_bodiless_bytes(connection, moved, true);
+	}
+	return 0;
+}
+
+/* Why sock_recv_length: incoming bytes are in user memory now, and the thread's registers hold what the call was given. */
+SEC("tp_btf/sock_recv_length")
+int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
+{
+	struct connection *connection;
+	struct transfer transfer = {};
+	struct process *process;
+	syscall_regs *regs;
+	__u64 pid_tgid;
+
+	if (moved <= 0 || !capturing || (flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE)) || !is_internet_tcp(sock))
+		return 0;
+	pid_tgid = bpf_get_current_pid_tgid();
+	connection = connection_of(sock);
+	if (!connection && !is_captured(pid_tgid, &process))
+		return 0;
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs)
+		return 0;
+	transfer.length = moved;
+	if (!(flags & MSG_TRUNC) && bytes_of_call(regs, &transfer)) {
+		simplify(&transfer);
+		on_transfer(connection, 0, 0, sock, &transfer, false, false, pid_tgid);
+	} else if (connection) {
+		connection->received_seq += moved;
+		on_bodiless_bytes(connection, moved, false);
+	}
+	return 0;
+}
+
+/* Why tcp_rcv_space_adjust: splice(2) reads from a socket without any other sign. It comes with every read. */
+SEC("tp_btf/tcp_rcv_space_adjust")
+int BPF_PROG(on_read, struct sock *sock)
+{
+	struct connection *connection;
+	syscall_regs *regs;
+	__u64 key = (__u64)sock;
+	__u32 moved;
+
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs || SYSCALL_NR(regs) != NR_splice)
+		return 0;
+	connection = bpf_map_lookup_elem(&connections, &key);
+	if (!connection)
+		return 0;
+	moved = BPF_CORE_READ((struct tcp_sock *)sock, copied_seq) - connection->received_seq;
+	if (moved && moved < 1U << 31) {
+		connection->received_seq += moved;
+		on_bodiless_bytes(connection, moved, false);
+	}
+	return 0;
+}
+
+/* Why sched_switch: without hooks on system calls this is where a thread is seen to wait for events. */
+SEC("tp_btf/sched_switch")
+int BPF_PROG(on_switch, bool preempted, struct task_struct *previous)
+{
+	syscall_regs *regs;
+
+	if (preempted)
+		return 0;
+	regs = call_of(previous);
+	if (!regs)
+		return 0;
+	switch (SYSCALL_NR(regs)) {
+	case NR_poll:
+	case NR_ppoll:
+		if (SYSCALL_ARG2(regs) <= 2)
+			return 0;
+		/* fall through */
+	case NR_epoll_wait:
+	case NR_epoll_pwait:
+	case NR_epoll_pwait2:
+		on_event_wait((__u64)previous->tgid << 32 | (__u32)previous->pid);
+	}
+	return 0;
+}
+
+#endif
