@@ -123,7 +123,10 @@ class Pipeline:
         self._max_pending = max_pending
         self._max_processes = max_processes
         self._pending_timeout_ns = pending_timeout_ns
-        self._decided: dict[tuple[int, int], bool] = {}
+        # By process id: start time, key, whether it is selected. The key is one object for all exchanges of a process.
+        self._decided: dict[int, tuple[int, tuple[int, int], bool]] = {}
+        # Exchanges of the batch at hand that have ended and are not placed yet, in the kernel's order.
+        self._ready: list[tuple[Exchange, Call, tuple[int, int]]] = []
         # Exchanges reported before their end, by id, oldest first; and which of them a connection has.
         self._pending: dict[int, Exchange] = {}
         self._pending_of: dict[int, int] = {}
@@ -144,7 +147,6 @@ class Pipeline:
         self.superseded = 0
         """Records of exchanges that had been finished already."""
         self._handlers = {
-            Exchange: self._on_exchange,
             ProcessSeen: self._on_process_seen,
             Segment: self._on_segment,
             ConnectionClosed: self._on_close,
@@ -166,9 +168,13 @@ class Pipeline:
 
     def feed(self, batch: bytes, offsets: Iterable[int], now_ns: int) -> None:
         """Run one batch through all stages."""
-        handlers = self._handlers
+        on_exchange, handlers = self._on_exchange, self._handlers
         for record in self._decoder.decode(batch, offsets):
-            handlers[type(record)](record)
+            if type(record) is Exchange:
+                on_exchange(record)
+            else:
+                handlers[type(record)](record)
+        self._place_ready()
         self._hand_over(now_ns)
 
     def sweep(self, now_ns: int) -> None:
@@ -259,11 +265,10 @@ class Pipeline:
         is_first = exchange.flags & _FIRST
         if is_first:
             self.received += 1
-        key = (exchange.tgid, exchange.process_start_ns)
-        selected = self._decided.get(key)
-        if selected is None:
-            selected = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
-        if not selected:
+        decided = self._decided.get(exchange.tgid)
+        if decided is None or decided[0] != exchange.process_start_ns:
+            decided = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
+        if not decided[2]:
             if is_first:
                 self.dropped["not_selected"] += 1
             return
@@ -274,14 +279,24 @@ class Pipeline:
             or exchange.exchange_id in self._swept
             or exchange.exchange_id in self._swept_before
         ):
+            self._place_ready()
             self._on_reported(exchange, bool(is_first))
             return
         try:
-            call = self._parse_first(exchange)
+            self._ready.append((exchange, self._parse_first(exchange), decided[1]))
         except ProtocolError:
             self._finish(exchange)
-        else:
-            self._stitcher.add(exchange, call)
+
+    def _place_ready(self) -> None:
+        """Hand the ended exchanges to the stitcher, last one first: parents end after their children, and a child whose
+        parent is known need not wait for it.
+        """
+        ready = self._ready
+        if ready:
+            add = self._stitcher.add
+            for exchange, call, process in reversed(ready):
+                add(exchange, call, process)
+            ready.clear()
 
     def _on_reported(self, exchange: Exchange, is_first: bool) -> None:
         """The rarer cases: a provisional record, or one that follows a provisional record."""
@@ -408,11 +423,10 @@ class Pipeline:
     def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
         for exchange in exchanges:
             self.streamed += 1
-            key = (exchange.tgid, exchange.process_start_ns)
-            selected = self._decided.get(key)
-            if selected is None:
-                selected = self._decide(self._processes.lookup(*key))
-            if selected:
+            decided = self._decided.get(exchange.tgid)
+            if decided is None or decided[0] != exchange.process_start_ns:
+                decided = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
+            if decided[2]:
                 self._finish(exchange)
             else:
                 self.dropped["not_selected"] += 1
@@ -422,14 +436,14 @@ class Pipeline:
     def _on_process_seen(self, seen: ProcessSeen) -> None:
         self._decide(self._processes.observe(seen))
 
-    def _decide(self, info: ProcessInfo) -> bool:
+    def _decide(self, info: ProcessInfo) -> tuple[int, tuple[int, int], bool]:
         selected = self._selector.selects(info)
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
-        self._decided[info.key] = selected
+        decided = self._decided[info.key[0]] = (info.key[1], info.key, selected)
         self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
         self._on_process(info)
-        return selected
+        return decided
 
     def threads_interleave(self, process: tuple[int, int]) -> bool:
         """Whether the language runs several requests on one thread in ways that the kernel cannot see."""

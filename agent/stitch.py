@@ -20,7 +20,6 @@ record of an earlier beginning is to come: after that everything that could matt
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Callable, Iterable
 
 import msgspec
@@ -47,7 +46,8 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     """One exchange while it may still matter to others.
 
     ``target_id`` is the exchange that the kernel named: a server's peer, a client's parent. ``trace`` is None until the
-    exchange has been placed in its trace; ``exchange`` and ``call`` are let go once its span was made.
+    exchange has been placed in its trace; ``exchange``, ``call`` and a client's ``context`` are let go once its span was
+    made, and ``span_id`` is kept then.
     """
 
     exchange_id: int
@@ -65,6 +65,7 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     trace: _Trace | None = None
     parent: bytes = b""
     method: str = ""
+    span_id: bytes = b""
     links: tuple[SpanLink, ...] = ()
     waiters: list[_Node] | None = None
     is_deciding: bool = False
@@ -105,8 +106,8 @@ class Stitcher:
         self._servers: set[ProcessKey] = set()
         self._migrating: set[ProcessKey] = set()
         # Exchanges that could not be placed yet, oldest arrival first, and what an id that is not known is awaited by.
-        self._undecided: OrderedDict[int, _Node] = OrderedDict()
-        self._expected: dict[int, list[_Node]] = {}
+        self._undecided: dict[int, _Node] = {}
+        self._expected: dict[int, _Node | list[_Node]] = {}
         self._announced: dict[int, _Node] = {}
         self._placed: list[_Node] = []
         self.held = 0
@@ -126,8 +127,12 @@ class Stitcher:
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
     _PROCESSES = 16_384
 
-    def add(self, exchange: Exchange, call: Call) -> None:
-        """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known."""
+    def add(self, exchange: Exchange, call: Call, process: ProcessKey | None = None) -> None:
+        """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known.
+
+        Cheapest when parents come before their children; any order gives the same spans. ``process`` saves making the
+        exchange's key again.
+        """
         exchange_id = exchange.exchange_id
         if self._announced:
             node = self._announced.pop(exchange_id, None)
@@ -147,7 +152,7 @@ class Stitcher:
             _Node(
                 exchange_id,
                 role,
-                (exchange.tgid, exchange.process_start_ns),
+                process or (exchange.tgid, exchange.process_start_ns),
                 exchange.request_start_ns,
                 exchange.response_end_ns,
                 exchange.flags,
@@ -192,11 +197,7 @@ class Stitcher:
         self._recent.pop(exchange_id, None)
         self._previous.pop(exchange_id, None)
         self._undecided.pop(exchange_id, None)
-        waiting = self._expected.get(node.target_id)
-        if waiting is not None and node in waiting:
-            waiting.remove(node)
-            if not waiting:
-                del self._expected[node.target_id]
+        self._expect_no_longer(node, node.target_id)
         for generation in (self._served, self._served_before):
             index = generation.get(node.process, {})
             for key in (node.context.trace_id if node.context is not None else b"", node.request_id):
@@ -235,8 +236,8 @@ class Stitcher:
 
     def flush(self) -> None:
         """Place everything that waits, with what is known now (shutdown)."""
-        while self._undecided:
-            self._decide(next(iter(self._undecided.values())))
+        for node in list(self._undecided.values()):
+            self._decide(node)
 
     def take(self) -> list[Span]:
         """Hand out the spans made since the last call."""
@@ -273,7 +274,7 @@ class Stitcher:
         if self._expected:
             waiting = self._expected.pop(exchange_id, None)
             if waiting is not None:
-                for waiter in waiting:
+                for waiter in waiting if isinstance(waiting, list) else (waiting,):
                     self._follow(waiter, exchange_id)
 
     def _index(self, node: _Node) -> None:
@@ -319,7 +320,9 @@ class Stitcher:
             return
         target = self._find(target_id)
         if target is None:
-            self._expected.setdefault(target_id, []).append(node)
+            waiting = self._expected.setdefault(target_id, node)
+            if waiting is not node:
+                _wait_as_well(self._expected, target_id, waiting, node)
             self._postpone(node)
         elif target.trace is None:
             if target.waiters is None:
@@ -327,9 +330,18 @@ class Stitcher:
             target.waiters.append(node)
             self._postpone(node)
         elif node.role == _SERVER:
-            self._place(node, target.trace, _id_bytes(target_id), "peer")
+            self._place(node, target.trace, _span_id(target), "peer")
         else:
             self._place_client_of(node, target)
+
+    def _expect_no_longer(self, node: _Node, target_id: int) -> None:
+        waiting = self._expected.get(target_id)
+        if waiting is node:
+            del self._expected[target_id]
+        elif isinstance(waiting, list) and node in waiting:
+            waiting.remove(node)
+            if not waiting:
+                del self._expected[target_id]
 
     def _place_client_of(self, node: _Node, served: _Node) -> None:
         """Place a client exchange whose thread was serving ``served`` (rules 1 to 4)."""
@@ -337,9 +349,9 @@ class Stitcher:
         if not self._trusts_threads(node.process):
             self._postpone(node)
         elif context is None:
-            self._place(node, served.trace, _id_bytes(served.exchange_id), "thread")
+            self._place(node, served.trace, _span_id(served), "thread")
         elif inbound is not None and inbound.trace_id == context.trace_id and inbound.span_id == context.span_id:
-            self._place(node, served.trace, _id_bytes(served.exchange_id), "forwarded")
+            self._place(node, served.trace, _span_id(served), "forwarded")
         elif inbound is not None and inbound.trace_id == context.trace_id and context.span_id is not None:
             self._place_by_header(node)
         else:
@@ -375,20 +387,16 @@ class Stitcher:
         if target_id and target is None:
             self.parents_lost += 1
             node.target_id = 0
-            waiting = self._expected.get(target_id)
-            if waiting is not None and node in waiting:
-                waiting.remove(node)
-                if not waiting:
-                    del self._expected[target_id]
+            self._expect_no_longer(node, target_id)
         if node.role == _SERVER:
             if target is not None:
-                self._place(node, target.trace, _id_bytes(target_id), "peer")
+                self._place(node, target.trace, _span_id(target), "peer")
             else:
                 self._place_by_header(node)
         elif node.context is not None:
             return self._settle_client_with_context(node, node.context, target)
         elif target is not None:
-            self._place(node, target.trace, _id_bytes(target_id), "thread")
+            self._place(node, target.trace, _span_id(target), "thread")
         else:
             return self._settle_by_request_id(node)
         return None
@@ -407,7 +415,7 @@ class Stitcher:
         links = ()
         if served is not None and served.trace.trace_id != context.trace_id:
             trace = served.trace
-            links = (SpanLink(trace.trace_id, _id_bytes(served.exchange_id), trace.trace_state, _CAUSE),)
+            links = (SpanLink(trace.trace_id, _span_id(served), trace.trace_state, _CAUSE),)
         self._place_by_header(node, links)
         return None
 
@@ -425,7 +433,7 @@ class Stitcher:
         if len(candidates) == 1 and parent.trace is None and not parent.is_deciding:
             return parent
         if len(candidates) == 1 and parent.trace is not None:
-            self._place(node, parent.trace, _id_bytes(parent.exchange_id), method)
+            self._place(node, parent.trace, _span_id(parent), method)
         else:
             self.ambiguous += 1
             self._place(node, otherwise, b"", "ambiguous")
@@ -487,6 +495,9 @@ class Stitcher:
     def _emit(self, node: _Node) -> None:
         trace, exchange, call = node.trace, node.exchange, node.call
         node.exchange = node.call = None
+        if exchange.role != _SERVER:
+            node.context = None
+        node.span_id = span_id = node.span_id or node.exchange_id.to_bytes(8, "big")
         if not trace.sampled:
             self.sampled_out += 1
             return
@@ -501,7 +512,7 @@ class Stitcher:
         self._spans.append(
             Span(
                 trace.trace_id,
-                node.exchange_id.to_bytes(8, "big"),
+                span_id,
                 node.parent,
                 trace.trace_state,
                 call.name,
@@ -527,6 +538,15 @@ def _in_flight(candidates: Iterable[_Node], node: _Node) -> list[_Node]:
 _Index = dict[bytes | str, "_Node | list[_Node]"]
 
 
+def _wait_as_well(
+    expected: dict[int, _Node | list[_Node]], key: int, waiting: _Node | list[_Node], node: _Node
+) -> None:
+    if isinstance(waiting, list):
+        waiting.append(node)
+    else:
+        expected[key] = [waiting, node]
+
+
 def _index_again(served: _Index, key: bytes | str, earlier: _Node | list[_Node], node: _Node) -> None:
     if isinstance(earlier, list):
         earlier.append(node)
@@ -534,5 +554,5 @@ def _index_again(served: _Index, key: bytes | str, earlier: _Node | list[_Node],
         served[key] = [earlier, node]
 
 
-def _id_bytes(exchange_id: int) -> bytes:
-    return exchange_id.to_bytes(8, "big")
+def _span_id(node: _Node) -> bytes:
+    return node.span_id or node.exchange_id.to_bytes(8, "big")

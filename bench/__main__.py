@@ -389,7 +389,9 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the agent (spans)"
     )
-    parser.add_argument("--pairs", type=int, default=15, help="windows without and with the probes on nginx (default 15)")
+    parser.add_argument(
+        "--pairs", type=int, default=15, help="windows without and with the probes on nginx (default 15)"
+    )
     parser.add_argument(
         "--backends", nargs="*", default=["sockets", "syscalls"], help="kernel.backend of the nginx comparison"
     )

@@ -331,7 +331,13 @@ class Capture:
             raise _load_error(-error, "prepare maps")
 
 
-SOCKET_TRACEPOINTS = ("tcp_sendmsg_locked", "sock_send_length", "sock_recv_length", "tcp_rcv_space_adjust", "sched_switch")
+SOCKET_TRACEPOINTS = (
+    "tcp_sendmsg_locked",
+    "sock_send_length",
+    "sock_recv_length",
+    "tcp_rcv_space_adjust",
+    "sched_switch",
+)
 """What the socket backend listens to; the youngest is tcp_sendmsg_locked (6.16, commit 0f08335ade71)."""
 
 

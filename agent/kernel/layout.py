@@ -7,6 +7,7 @@ records of ``agent.model``. An object whose layout differs is refused: numbers a
 from __future__ import annotations
 
 import struct
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from agent import model
@@ -27,8 +28,11 @@ class RecordLayout:
     fields: tuple[str, ...]
 
 
-def parse_struct(name: str, text: str) -> RecordLayout:
-    """Turn ``member offset size kind`` lines into a codec. Raises LayoutMismatchError on anything unforeseen."""
+def parse_struct(name: str, text: str, wanted: Collection[str] | None = None) -> RecordLayout:
+    """Turn ``member offset size kind`` lines into a codec that passes over what is not ``wanted`` (None: nothing).
+
+    Raises LayoutMismatchError on anything unforeseen.
+    """
     parts = ["<"]
     fields: list[str] = []
     position = 0
@@ -42,7 +46,7 @@ def parse_struct(name: str, text: str) -> RecordLayout:
         if position != offset:
             raise LayoutMismatchError(f"struct {name}: implicit padding before {member}")
         position += size
-        if member.startswith("_pad"):
+        if member.startswith("_pad") or (wanted is not None and member not in wanted):
             parts.append(f"{size}x")
         elif kind == "array":
             parts.append(f"{size}s")
@@ -96,8 +100,13 @@ class WireLayout:
         Raises LayoutMismatchError when anything differs from ``agent.model``.
         """
         layouts = {
-            name: parse_struct(name, describe(name))
-            for name in ("record_exchange", "record_process", "record_segment", "record_close")
+            name: parse_struct(name, describe(name), wanted)
+            for name, wanted in (
+                ("record_exchange", model.Exchange.__struct_fields__),
+                ("record_process", None),
+                ("record_segment", None),
+                ("record_close", None),
+            )
         }
         check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
         check_fields("record_segment", layouts["record_segment"], model.Segment, ("data",))

@@ -51,16 +51,19 @@ class Batcher:
         if not waiting:
             self._oldest_ns = now_ns
         max_spans = self._max_spans
+        process, group = None, None
         for span in spans:
-            group = groups.get(span.process_key)
-            if group is None:
-                group = groups[span.process_key] = []
+            if span.process_key is not process:
+                process = span.process_key
+                group = groups.get(process)
+                if group is None:
+                    group = groups[process] = []
             group.append(encode_span(span))
             waiting += 1
             if waiting >= max_spans:
                 self.waiting = waiting
                 self.flush()
-                groups = self._groups
+                groups, process = self._groups, None
                 waiting = 0
                 self._oldest_ns = now_ns
         self.waiting = waiting

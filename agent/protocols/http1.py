@@ -56,8 +56,8 @@ _NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
 _HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
 _WholeAnswer = tuple[int, AttributeGroup, bool]
 """Content-Length, attributes of a response that reached it, whether the status is bad."""
-_Repeat = tuple[str, AttributeGroup, Memo, dict[bytes, _WholeAnswer], str]
-"""Name, attributes of the request, the memo of peers and the answers that go with its role, tracestate."""
+_Repeat = tuple[int, str, AttributeGroup, Memo, dict[bytes, _WholeAnswer], str]
+"""Length and name, attributes of the request, the memo of peers and the answers that go with its role, tracestate."""
 _TRACEPARENT = b"traceparent: 00-"
 _TRACEPARENT_BYTES = 52
 """What differs from request to request: trace id, parent id and flags behind the version."""
@@ -121,7 +121,7 @@ class Http1:
         self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
         self._peers = Memo(self._peer_group, MEMO_PEERS)
         self._client_peers = Memo(self._client_peer_group, MEMO_PEERS)
-        self._repeats: dict[tuple[int, int, int, int], _Repeat] = {}
+        self._repeats: dict[int, _Repeat] = {}
         self._whole_server_answers: dict[bytes, _WholeAnswer] = {}
         self._whole_client_answers: dict[bytes, _WholeAnswer] = {}
         self._context_of = extractor.context_behind_version
@@ -140,11 +140,11 @@ class Http1:
         """
         request = exchange.request
         before, mark, after = request.partition(self._mark)
-        key = (hash(before), hash(after[_TRACEPARENT_BYTES:]), len(request), exchange.role)
+        key = hash((before, after[_TRACEPARENT_BYTES:], exchange.role))
         repeat = self._repeats.get(key)
-        if repeat is not None and exchange.request_bytes == key[2] and exchange.end != _HANDED_OVER:
+        if repeat is not None and exchange.request_bytes == len(request) == repeat[0] and exchange.end != _HANDED_OVER:
             # The short way: the request was seen before but for its trace context, and the response head as well.
-            name, group, peers, answers, trace_state = repeat
+            _, name, group, peers, answers, trace_state = repeat
             response = exchange.response
             end = response.find(b"\r\n\r\n")
             answer = answers.get(response[:end]) if end > 0 else None
@@ -159,22 +159,21 @@ class Http1:
         if (
             target is not None
             and not target[2]
-            and exchange.request_bytes == key[2]
+            and exchange.request_bytes == len(request)
             and not call.request_id
             and not call.other_contexts
             and (call.context.format == "tracecontext" if mark and call.context is not None else not mark)
             and (call.context is None or mark)
         ):
-            self._remember_repeat(key, call, target, is_forwarded)
+            self._remember_repeat(key, len(request), exchange.role == _SERVER, call, is_forwarded)
         return call
 
-    def _remember_repeat(self, key: tuple[int, int, int, int], call: Call, target: _Target, is_forwarded: bool) -> None:
-        """Remember what a request is, but for its trace context, under the hashes of its bytes.
+    def _remember_repeat(self, key: int, length: int, is_server: bool, call: Call, is_forwarded: bool) -> None:
+        """Remember what a request is, but for its trace context, under a hash of its bytes.
 
-        Hashes, so that no head, which may hold secrets, is kept; two of 64 bits with a random seed (SipHash), and the
-        length: two different requests of one key are out of reach.
+        A hash, so that no head, which may hold secrets, is kept; of 64 bits made from SipHashes with a random seed, and
+        the length is compared as well: two different requests of one key are out of reach.
         """
-        is_server = key[3] == _SERVER
         others = {"network.peer.address", "network.peer.port", "error.type"}
         if not is_forwarded:
             others.add("client.address")
@@ -187,7 +186,7 @@ class Http1:
             self._repeats.clear()
         peers = self._client_peers if is_server and not is_forwarded else self._peers
         answers = self._whole_server_answers if is_server else self._whole_client_answers
-        self._repeats[key] = call.name, group, peers, answers, call.context.trace_state if call.context else ""
+        self._repeats[key] = length, call.name, group, peers, answers, call.context.trace_state if call.context else ""
 
     def _peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
         peer, _, _ = self._addresses[key[0]]

@@ -32,7 +32,6 @@ from agent.protocols.http1_syntax import Framing
 OUTSTANDING_REQUESTS = 256
 OUTSTANDING_HEAD_BYTES = 256 * 1024
 
-_KIND_EXCHANGE = 1
 _DIRECTION_REQUEST = 1
 _REQUEST_BEGINNING = re.compile(rb"(?:\r?\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: [!-~\x80-\xff]| ?$)")
 _RESPONSE_BEGINNING = re.compile(rb"H(?:T(?:T(?:P(?:/(?:1(?:\.|$)|$)|$)|$)|$)|$)")
@@ -243,7 +242,6 @@ class PipelinedConnection:
             flags |= Flag.TAIL_VALID
         self._ready.append(
             Exchange(
-                kind=_KIND_EXCHANGE,
                 role=segment.role,
                 end=int(end),
                 flags=int(flags),
@@ -262,12 +260,9 @@ class PipelinedConnection:
                 tgid=segment.tgid,
                 request_tid=request.tid,
                 response_tid=response.tid,
-                netns=segment.netns,
-                local_port=segment.local_port,
                 remote_port=segment.remote_port,
                 request_captured=len(request.head),
                 response_captured=len(response.head),
-                local_address=segment.local_address,
                 remote_address=segment.remote_address,
                 tail=response.tail.rjust(8, b"\0"),
                 request=request.head,

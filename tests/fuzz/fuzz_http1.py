@@ -59,7 +59,6 @@ def build(data: bytes) -> Exchange:
         "request_bytes": len(request) + int.from_bytes(numbers[4:8], "little"),
         "response_bytes": len(response) + int.from_bytes(numbers[8:12], "little"),
         "remote_port": 80,
-        "local_address": bytes(16),
         "remote_address": bytes(10) + b"\xff\xff\x7f\0\0\1",
         "tail": response[-8:].rjust(8, b"\0"),
         "request": request,

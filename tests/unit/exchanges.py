@@ -27,7 +27,6 @@ def exchange(exchange_id: int, role: int = SERVER, **fields: object) -> Exchange
     end_ns = int(fields.pop("end_ms", start_ns / MILLISECOND + 10) * MILLISECOND)
     values: dict[str, object] = dict.fromkeys(Exchange.__struct_fields__, 0)
     values |= {
-        "kind": 1,
         "role": role,
         "end": int(End.NEXT),
         "flags": int(Flag.FIRST),
@@ -42,9 +41,7 @@ def exchange(exchange_id: int, role: int = SERVER, **fields: object) -> Exchange
         "end_ns": end_ns,
         "request_tid": process[0],
         "response_tid": process[0],
-        "local_port": 80,
         "remote_port": 40000,
-        "local_address": LOOPBACK,
         "remote_address": LOOPBACK,
         "tail": bytes(8),
         "request": b"",

@@ -40,18 +40,15 @@ def exchange(request: bytes = GET, response: bytes = OK, **fields: object) -> Ex
     values: dict[str, object] = dict.fromkeys(Exchange.__struct_fields__, 0)
     total = fields.get("response_bytes", len(response))
     values |= {
-        "kind": 1,
         "role": Role.SERVER,
         "end": End.QUIET,
         "flags": Flag.FIRST | (Flag.TAIL_VALID if response else 0),
         "exchange_id": 1,
         "request_bytes": len(request),
         "response_bytes": total,
-        "local_port": 8080,
         "remote_port": 40000,
         "request_captured": len(request),
         "response_captured": len(response),
-        "local_address": V4,
         "remote_address": V4,
         "tail": response[-8:].rjust(8, b"\0") if total == len(response) else b"xxxxxxxx",
         "request": request,

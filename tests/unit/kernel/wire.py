@@ -77,7 +77,11 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
     values = [getattr(record, name) for name in record.__struct_fields__]
     match record:
         case Exchange():
-            return EXCHANGE.pack(*values[:-2]) + record.request + record.response
+            # What user space does not read is not 0, so that a shift by a member shows.
+            known = {"kind": 1, "netns": 14, "local_port": 80, "local_address": bytes(range(16))}
+            known |= dict(zip(record.__struct_fields__, values, strict=True))
+            members = [member.partition(":")[0] for member in _STRUCTS["record_exchange"].split()]
+            return EXCHANGE.pack(*(known[member] for member in members)) + record.request + record.response
         case ProcessSeen():
             return PROCESS.pack(2, *values[:-2], record.comm.encode(), record.executable.encode())
         case Segment():
