@@ -77,10 +77,9 @@ class Flag(IntFlag):
 class Exchange(msgspec.Struct, frozen=True, gc=False):
     """One kernel record of a request and what is known of its response (``struct record_exchange``).
 
-    Fields stand in the order of the C struct, where each is explained and of which these are the members that user space
-    reads; ``request`` and ``response`` are the captured
-    head bytes (they may include the beginning of a body, and may be cut at the capture limit). Times are
-    CLOCK_MONOTONIC nanoseconds, 0 when not reached. Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6.
+    Fields stand in the order of the C struct, where each is explained; its other members are not read. ``request`` and
+    ``response`` are the captured head bytes (they may include the beginning of a body, and may be cut at the capture
+    limit). Times are CLOCK_MONOTONIC nanoseconds, 0 when not reached. Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6.
     ``request_bytes`` and ``response_bytes`` count head and body as seen on the socket. ``tail`` holds the last
     ``min(8, response_bytes)`` response bytes, right-aligned, when ``Flag.TAIL_VALID`` is set.
     """

@@ -37,6 +37,8 @@ _OTHER_CONTEXT: Attributes = (("spanloom.link.reason", "other_context"),)
 
 
 class _Trace(msgspec.Struct, frozen=True, gc=False):
+    """The trace of an exchange, where its own context does not say the same."""
+
     trace_id: bytes
     sampled: bool
     trace_state: str
@@ -46,8 +48,8 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     """One exchange while it may still matter to others.
 
     ``target_id`` is the exchange that the kernel named: a server's peer, a client's parent. ``trace`` is None until the
-    exchange has been placed in its trace; ``exchange``, ``call`` and a client's ``context`` are let go once its span was
-    made, and ``span_id`` is kept then.
+    exchange has been placed in its trace; once its span was made ``exchange``, ``call`` and a client's ``context`` are
+    let go, and ``span_id`` is kept.
     """
 
     exchange_id: int
@@ -62,7 +64,7 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     finished: bool
     exchange: Exchange | None
     call: Call | None
-    trace: _Trace | None = None
+    trace: _Trace | TraceContext | None = None
     parent: bytes = b""
     method: str = ""
     span_id: bytes = b""
@@ -261,8 +263,9 @@ class Stitcher:
                 self._follow(node, node.target_id)
             elif context is not None and node.finished:
                 # _place_by_header() and _place() for the most frequent case: nobody can be waiting for this node yet.
-                node.trace = _Trace(
-                    context.trace_id, self._keeps(context.trace_id, context.sampled), context.trace_state
+                sampled = self._keeps(context.trace_id, context.sampled)
+                node.trace = (
+                    context if sampled is context.sampled else _Trace(context.trace_id, sampled, context.trace_state)
                 )
                 node.parent = context.span_id or b""
                 node.method = "header"
@@ -427,7 +430,9 @@ class Stitcher:
         trace_id = self._new_trace_id()
         return self._settle_in_one_of(node, candidates, "request_id", _Trace(trace_id, self._keeps(trace_id, None), ""))
 
-    def _settle_in_one_of(self, node: _Node, candidates: list[_Node], method: str, otherwise: _Trace) -> _Node | None:
+    def _settle_in_one_of(
+        self, node: _Node, candidates: list[_Node], method: str, otherwise: _Trace | TraceContext
+    ) -> _Node | None:
         """Place a client exchange below the only candidate; below none when there are several."""
         parent = candidates[0]
         if len(candidates) == 1 and parent.trace is None and not parent.is_deciding:
@@ -450,8 +455,9 @@ class Stitcher:
                     known[one.exchange_id] = one
         return list(known.values())
 
-    def _trace_of(self, context: TraceContext) -> _Trace:
-        return _Trace(context.trace_id, self._keeps(context.trace_id, context.sampled), context.trace_state)
+    def _trace_of(self, context: TraceContext) -> _Trace | TraceContext:
+        sampled = self._keeps(context.trace_id, context.sampled)
+        return context if sampled is context.sampled else _Trace(context.trace_id, sampled, context.trace_state)
 
     def _place_by_header(self, node: _Node, links: tuple[SpanLink, ...] = ()) -> None:
         context = node.context
@@ -469,7 +475,9 @@ class Stitcher:
         self._random_position = position + 16
         return self._random[position : position + 16]
 
-    def _place(self, node: _Node, trace: _Trace, parent: bytes, method: str, links: tuple[SpanLink, ...] = ()) -> None:
+    def _place(
+        self, node: _Node, trace: _Trace | TraceContext, parent: bytes, method: str, links: tuple[SpanLink, ...] = ()
+    ) -> None:
         node.trace = trace
         node.parent = parent
         node.method = method

@@ -1,6 +1,6 @@
 """The real agent, whose probes the benchmark switches on and off: ``python -m bench.switchable KEY=VALUE ...``.
 
-Reads one command per line, ``attach``, ``detach`` or ``statistics``, and answers each with a line: JSON for the last one.
+Reads one command per line, ``attach``, ``detach`` or ``statistics``, and answers each with a line (the last: JSON).
 Everything else is ``agent.runtime.Agent`` as ``spanloom run`` runs it.
 """
 

@@ -24,7 +24,7 @@ static __always_inline void forget(struct connection *connection, __u64 key)
 		endpoint.server_port = 0;
 		forget_endpoint(&endpoint, key);
 	}
-	bpf_map_delete_elem(&connections, &key);
+	untrack(key);
 }
 
 /* Why this tracepoint: it is where every TCP socket's end is seen, whoever closes it and in whatever context. Its

@@ -1008,6 +1008,12 @@ static __always_inline bool port_selected(const struct record_exchange *exchange
 	return selected ? *selected : ports_default;
 }
 
+static __always_inline void untrack(__u64 key)
+{
+	if (!bpf_map_delete_elem(&connections, &key))
+		__sync_fetch_and_add(&tracked_connections, -1);
+}
+
 /* A connection that is not tracked carried bytes: track it when they begin a request. `socket` is 0 when the sock is
  * known to be TCP's.
  */
@@ -1034,6 +1040,7 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection)
 		return 0;
+	__sync_fetch_and_add(&tracked_connections, 1);
 	connection->sock = key;
 	connection->received_seq = BPF_CORE_READ((struct tcp_sock *)sock, copied_seq);
 	if (!egress)
@@ -1083,7 +1090,7 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
 		if (connection->state != STATE_IDLE)
 			finish(connection, END_CLOSED, bpf_ktime_get_ns());
-		bpf_map_delete_elem(&connections, &key);
+		untrack(key);
 		connection = 0;
 	}
 	if (!connection) {

@@ -227,6 +227,7 @@ union {
 __u64 oldest_unreported_ns; /* lowered by the sweep to the begin of the oldest exchange that no record told of yet */
 __u64 capturing; /* set by user space once all programs are attached: half of them would misread what they see */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
+__u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
 __u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */
 
 static __always_inline void count(__u32 counter)

@@ -118,6 +118,7 @@ class Capture:
         self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
         self._ports(settings)
         self._capturing = ffi.cast("uint64_t *", self._variable(".bss", "capturing", 8))
+        self._tracked = ffi.cast("uint64_t *", self._variable(".bss", "tracked_connections", 8))
         self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
         self._drain = lib.spanloom_drain_new(lib.bpf_map__fd(self._map("records")))
         if self._drain == ffi.NULL:
@@ -162,6 +163,8 @@ class Capture:
         ring buffer by now (or was dropped and counted).
         """
         started_ns = time.monotonic_ns()
+        if not self._tracked[0]:
+            return started_ns
         self._oldest[0] = (1 << 64) - 1
         descriptor = lib.bpf_iter_create(lib.bpf_link__fd(self._iter_link))
         if descriptor < 0:
@@ -233,10 +236,11 @@ class Capture:
             lib.bpf_link__destroy(self._links.pop())
 
     def forget_connections(self) -> None:
-        """Drop the state of every connection: what was seen before a pause in capturing tells nothing of what follows."""
+        """Drop the state of every connection, while detached: it tells nothing of what follows a pause in capturing."""
         descriptor, key = self._maps["connections"], ffi.new("uint64_t *")
         while lib.bpf_map_get_next_key(descriptor, ffi.NULL, key) == 0:
             lib.bpf_map_delete_elem(descriptor, key)
+        self._tracked[0] = 0
 
     def hasten(self) -> None:
         """Let the next sweep report responses without waiting for silence. For the end: there is no way back."""

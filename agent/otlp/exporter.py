@@ -91,7 +91,9 @@ class OtlpExporter:
         self._metadata = metadata_of(settings.headers)
         self._certificates = read_certificates(settings) if self.uses_tls else (None, None, None)
         require_positive(settings)
-        self._changed = threading.Condition()
+        lock = threading.RLock()
+        self._changed = threading.Condition(lock)
+        self._work_waits = threading.Condition(lock)  # wakes one worker, not all that wait for anything
         self._queue: deque[_Batch] = deque()
         self._active: set[_Batch] = set()
         self._in_flight_spans = 0
@@ -154,7 +156,7 @@ class OtlpExporter:
             self._in_flight_spans += span_count
             self._in_flight_bytes += len(payload)
             self._queue.append(_Batch(payload, span_count))
-            self._changed.notify_all()
+            self._work_waits.notify()
             return True
 
     def flush(self, timeout_seconds: float) -> bool:
@@ -170,6 +172,7 @@ class OtlpExporter:
         """
         with self._changed:
             self._closing = True
+            self._work_waits.notify_all()
             self._changed.notify_all()
         self.flush(timeout_seconds)
         with self._changed:
@@ -231,7 +234,7 @@ class OtlpExporter:
     def _work(self, attempt: _Attempt) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._queue or self._closing)
+                self._work_waits.wait_for(lambda: self._queue or self._closing)
                 if not self._queue:
                     return
                 batch = self._queue.popleft()

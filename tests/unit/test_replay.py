@@ -137,8 +137,8 @@ def as_text(spans: list[Span], pipeline: Pipeline, stitcher: Stitcher, processes
         service = dict(processes.lookup(*span.process_key).resource)["service.name"]
         lines += [
             f"{SpanKind(span.kind).name} {span.name}",
-            f"  trace {_trace(span.trace_id, drawn)} span {span.span_id.hex()} parent {span.parent_span_id.hex() or '-'}"
-            f" by {span.link_method or '-'}",
+            f"  trace {_trace(span.trace_id, drawn)} span {span.span_id.hex()}"
+            f" parent {span.parent_span_id.hex() or '-'} by {span.link_method or '-'}",
             f"  {span.start_time_ns} + {span.end_time_ns - span.start_time_ns} ns, {service} {span.process_key[0]}"
             f"{', error' if span.error else ''}{'' if span.sampled else ', not sampled'}",
             *(f"  {key} = {value!r}" for key, value in sorted(span.all_attributes())),

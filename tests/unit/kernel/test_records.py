@@ -20,7 +20,7 @@ def decode(*pieces: bytes) -> list:
 
 
 def test_an_exchange_is_read_member_by_member():
-    """Every member that user space reads has its place; the data behind the struct is the request and then the response."""
+    """Every member that is read has its place; the data behind the struct is the request and then the response."""
     numbers = list(range(1001, 1013))
     data = EXCHANGE.pack(1, 2, 3, 260, *numbers, 11, 12, 13, 14, 80, 40000, 3, 5, LOCAL, REMOTE, TAIL)
     [found] = decode(data + b"GET" + b"HTTP/")
