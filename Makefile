@@ -35,11 +35,12 @@ check: setup ## what this kernel and these privileges allow
 test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (root)
 	$(MAKE) lint
 	$(BIN)/python -m pytest -q
+	SPANLOOM_TEST_BACKEND=syscalls $(BIN)/python -m pytest -q tests/e2e
 
 unit: .venv/.test-ready ## the tests that need no root
 	$(BIN)/python -m pytest -q tests/unit
 
-e2e: setup .venv/.test-ready ## real programs under real probes (root)
+e2e: setup .venv/.test-ready ## real programs under real probes (root), with the backend that is chosen by itself
 	$(BIN)/python -m pytest -q tests/e2e
 
 lint: .venv/.test-ready ## ruff and the import rules

@@ -398,6 +398,7 @@ def main() -> int:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the agent (spans)"
     )
+    parser.add_argument("--repeat", type=int, default=3, help="runs of each rate of spans (default 3)")
     parser.add_argument(
         "--pairs", type=int, default=15, help="windows without and with the probes on nginx (default 15)"
     )

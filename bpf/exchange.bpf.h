@@ -1032,6 +1032,11 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	}
 	if (socket && !is_tcp(socket, sock))
 		return 0;
+	if (!socket && BPF_CORE_READ((struct inet_connection_sock *)sock, icsk_ulp_ops)) {
+		/* kTLS: its sends are not seen in the clear, and half an exchange would be a lie. */
+		count(COUNTER_IGNORED_TLS);
+		return 0;
+	}
 	if (bpf_map_update_elem(&connections, &key, &zero_connection, BPF_NOEXIST)) {
 		count(COUNTER_BEGUN);
 		count(COUNTER_DROPPED_STATE_FULL);

@@ -117,6 +117,10 @@ struct sock {
 	struct socket *sk_socket; /* 0 once the last descriptor was closed */
 };
 
+struct inet_connection_sock {
+	const void *icsk_ulp_ops; /* another protocol on top of TCP, such as kTLS */
+};
+
 struct tcp_sock {
 	__u32 copied_seq;
 	__u32 rcv_nxt;

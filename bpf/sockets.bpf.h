@@ -115,7 +115,6 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 	__u64 key = (__u64)sock, pid_tgid = bpf_get_current_pid_tgid();
 	struct connection *connection;
 	struct transfer transfer = {};
-	struct process *process;
 	bool offered = false;
 	syscall_regs *regs;
 	struct send *send;
@@ -146,16 +145,21 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 		settle_write(connection, moved, pid_tgid);
 		return 0;
 	}
-	if (moved < 0 || (offered && !(connection && connection->mode == MODE_STREAM)))
+	if (moved < 0)
 		return 0;
-	if (!connection && !is_captured(pid_tgid, &process))
-		return 0;
-	/* kTLS, TCP fast open, and stream mode, which wants to know what was really sent. */
-	transfer.length = moved;
-	if (bytes_of_call(regs, &transfer)) {
-		simplify(&transfer);
-		on_transfer(connection, 0, 0, sock, &transfer, true, false, pid_tgid);
-	} else if (connection) {
+	if (!connection) {
+		/* TCP fast open: the first bytes left with the connection's first packet. */
+		if (!offered)
+			count(COUNTER_IGNORED_OTHER);
+	} else if (connection->mode == MODE_STREAM) {
+		transfer.length = moved; /* stream mode wants to know what was really sent */
+		if (bytes_of_call(regs, &transfer)) {
+			simplify(&transfer);
+			stream_transfer(connection->sock, &transfer, connection->exchange.role == ROLE_SERVER);
+		} else {
+			on_bodiless_bytes(connection, moved, true);
+		}
+	} else if (!offered) {
 		on_bodiless_bytes(connection, moved, true);
 	}
 	return 0;

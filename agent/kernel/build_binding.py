@@ -60,7 +60,7 @@ struct program_statistics {
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
 struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
 long spanloom_btf_types(const char *path);
-int spanloom_kernel_has_type(const char *name);
+int spanloom_missing_types(const char *const *names, int count);
 long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
@@ -318,14 +318,17 @@ static long spanloom_btf_types(const char *path)
     return count;
 }
 
-/* Whether the running kernel's BTF has a typedef, such as the btf_trace_* that tracepoints leave behind. */
-static int spanloom_kernel_has_type(const char *name)
+/* The index of the first typedef that the running kernel's BTF has not, such as the btf_trace_* that tracepoints leave
+ * behind; -1 when it has all. */
+static int spanloom_missing_types(const char *const *names, int count)
 {
     struct btf *btf = btf__load_vmlinux_btf();
-    int found = btf && btf__find_by_name_kind(btf, name, BTF_KIND_TYPEDEF) > 0;
+    int index = 0;
 
+    while (btf && index < count && btf__find_by_name_kind(btf, names[index], BTF_KIND_TYPEDEF) > 0)
+        index++;
     btf__free(btf);
-    return found;
+    return index < count ? index : -1;
 }
 
 /* Bytes of machine code that the kernel made of a program: 0 when it interprets it; -errno. */

@@ -352,13 +352,14 @@ def choose_backend(wanted: str) -> str:
     """
     if wanted == "syscalls":
         return wanted
-    missing = [name for name in SOCKET_TRACEPOINTS if not lib.spanloom_kernel_has_type(f"btf_trace_{name}".encode())]
-    if not missing:
+    names = [ffi.new("char[]", f"btf_trace_{name}".encode()) for name in SOCKET_TRACEPOINTS]
+    missing = lib.spanloom_missing_types(ffi.new("char *[]", names), len(names))
+    if missing < 0:
         return "sockets"
     if wanted == "sockets":
         raise KernelUnsupportedError(
-            f"this kernel has no tracepoint {missing[0]}, which kernel.backend=sockets needs (Linux 6.16): "
-            "set kernel.backend to auto"
+            f"this kernel has no tracepoint {SOCKET_TRACEPOINTS[missing]}, which kernel.backend=sockets needs "
+            "(Linux 6.16): set kernel.backend to auto"
         )
     return "syscalls"
 

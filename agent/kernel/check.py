@@ -74,14 +74,14 @@ def report() -> Report:
             detail=finding.detail,
             remedy=_remedy(probe, finding),
         )
-    programs, error = _load_capture()
+    backend, programs, error = _load_capture()
     checks["capture"] = Result(
         title="capture programs",
         state=YES if error is None else REFUSED if _is_refusal(error) else NO,
         errno="",
         need=REQUIRED,
         purpose="they record the exchanges",
-        detail=str(error) if error is not None else _verifier_work(programs),
+        detail=str(error) if error is not None else f"backend {backend}; {_verifier_work(programs)}",
         remedy="" if error is None else "see the message, and the rows above",
     )
     exit_code, verdict = _verdict(checks, error)
@@ -136,14 +136,14 @@ def _paint(check: Result, text: str, colour: bool) -> str:
     return f"\x1b[{number}m{text}\x1b[0m"
 
 
-def _load_capture() -> tuple[list[ProgramStatistics], SpanloomError | None]:
+def _load_capture() -> tuple[str, list[ProgramStatistics], SpanloomError | None]:
     try:
         with Capture(CaptureSettings()) as capture:
-            return capture.statistics(), None
+            return capture.backend, capture.statistics(), None
     except SpanloomError as error:
-        return [], error
+        return "", [], error
     except OSError as error:
-        return [], SpanloomError(f"the capture programs cannot be read: {error.strerror}")
+        return "", [], SpanloomError(f"the capture programs cannot be read: {error.strerror}")
 
 
 def _is_refusal(error: SpanloomError) -> bool:

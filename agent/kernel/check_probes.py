@@ -365,7 +365,12 @@ PROBES: tuple[Probe, ...] = (
         "ring_buffer", "ring buffer", REQUIRED, "brings the records to the agent", _TRACING_KERNEL, _find_ring_buffer
     ),
     Probe(
-        "tp_btf", "BTF tracepoints", REQUIRED, "the capture at system calls", _TRACING_KERNEL, _attaches("check_tp_btf")
+        "tp_btf",
+        "BTF tracepoints",
+        REQUIRED,
+        "the capture of system calls or sockets",
+        _TRACING_KERNEL,
+        _attaches("check_tp_btf"),
     ),
     Probe(
         "map_iter", "map iterators", REQUIRED, "reports connections that went quiet", _TRACING_KERNEL, _find_map_iter

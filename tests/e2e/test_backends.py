@@ -1,0 +1,169 @@
+"""What only one of the two ways into the kernel could get wrong, and the choice between them.
+
+Every other end-to-end test runs with both: SPANLOOM_TEST_BACKEND, see the Makefile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from agent.errors import KernelUnsupportedError
+from agent.kernel import capture
+from tests.collector import Collector
+from tests.e2e import servers
+from tests.e2e.edge import Edge, edge_of, seen
+from tests.e2e.harness import AgentFailedError, AgentProcess, free_port, wait_until
+from tests.e2e.scripted import (
+    accept,
+    close_with_reset,
+    connect,
+    listen,
+    receive_head,
+    receive_to_end,
+    request,
+    send_all,
+)
+from tests.e2e.scripted import response as make_response
+
+BACKENDS = ("syscalls", "sockets")
+
+
+@pytest.fixture(scope="module")
+def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    with edge_of(tmp_path_factory.mktemp("backends")) as running:
+        yield running
+
+
+@pytest.fixture
+def edge(module_edge: Edge) -> Iterator[Edge]:
+    module_edge.begin()
+    yield module_edge
+    module_edge.assert_forgotten()
+    assert module_edge.agent.books().in_flight == 0
+
+
+def _has_tracepoints(*names: str) -> bool:
+    try:
+        capture.choose_backend("sockets")
+    except KernelUnsupportedError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_attaching_under_load(backend: str, tmp_path: Path, collector: Collector, start, serve, public_path: Path):
+    """The programs are attached one after the other; none of them acts on what the others have not seen the half of."""
+    if backend == "sockets" and not _has_tracepoints():
+        pytest.skip("this kernel has no such tracepoints")
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    load = start(["wrk", "-t1", "-c64", "-d60s", f"http://127.0.0.1:{port}/status/200"])
+    for _ in range(3):
+        settings = {"kernel.backend": backend, "kernel.ring_buffer_bytes": 64 << 20}
+        with AgentProcess(tmp_path, collector, [port], settings) as tracing:
+            wait_until(
+                lambda tracing=tracing: tracing.metrics()["spanloom_exchanges_begun_total"] > 5000, "there is load", 30
+            )
+            metrics = tracing.metrics()
+        # An exchange whose response was missed would look like pipelining at the next request.
+        assert metrics["spanloom_kernel_events_total{event=streamed}"] == 0
+        assert metrics["spanloom_kernel_events_total{event=dropped_not_http}"] == 0
+    load.check_alive()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_log_names_the_backend(backend: str, tmp_path: Path, collector: Collector):
+    """Which way is taken can be seen, and asked for."""
+    if backend == "sockets" and not _has_tracepoints():
+        pytest.skip("this kernel has no such tracepoints")
+    with AgentProcess(tmp_path, collector, [free_port()], {"kernel.backend": backend}) as tracing:
+        tracing.stop()
+    events = [json.loads(line) for line in tracing.stderr().splitlines()]
+    assert [event["backend"] for event in events if event["event"] == "probes_attached"] == [backend]
+
+
+def test_a_missing_tracepoint(monkeypatch: pytest.MonkeyPatch):
+    """Auto falls back; what was asked for by name is refused, with what to do."""
+    monkeypatch.setattr(capture, "SOCKET_TRACEPOINTS", ("sched_switch", "no_such_tracepoint"))
+    assert capture.choose_backend("auto") == "syscalls"
+    assert capture.choose_backend("syscalls") == "syscalls"
+    with pytest.raises(KernelUnsupportedError, match=r"no tracepoint no_such_tracepoint.*set kernel.backend to auto"):
+        capture.choose_backend("sockets")
+
+
+def test_an_unknown_backend(tmp_path: Path, collector: Collector):
+    """A misspelt name is a configuration error that names the choices."""
+    with pytest.raises(AgentFailedError, match="syscalls"):
+        AgentProcess(tmp_path, collector, [free_port()], {"kernel.backend": "socket"}).start()
+
+
+def test_a_write_after_the_peer_is_gone(edge: Edge) -> None:
+    """A write that fails at once takes nothing back of the one before, which was taken whole."""
+    edge.server.start(_answer_and_write_again, edge.port)
+    edge.client.call(_read_and_reset, edge.port)
+    assert edge.server.result()
+    server, _ = edge.spans(1).one()
+    assert seen(server)[:2] == ("/twice", 200)
+    assert server.attributes["http.response.body.size"] == 2
+    assert server.end_time_ns - server.start_time_ns < 150_000_000
+
+
+def _answer_and_write_again(port: int) -> bool:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        send_all(connection, make_response(200, body=b"ok"))
+        time.sleep(0.3)
+        failed = False
+        for _ in range(3):  # the first may still be told of the reset itself
+            try:
+                connection.send(b"more")
+            except OSError:
+                failed = True
+        return failed
+
+
+def _read_and_reset(port: int) -> None:
+    with connect(port) as connection:
+        send_all(connection, request("/twice"))
+        receive_head(connection)
+        time.sleep(0.1)
+        close_with_reset(connection)
+
+
+def test_blocking_write_of_many_packets(edge: Edge) -> None:
+    """One call that fills many packets and sleeps for room in between is counted once, and ends when it returns."""
+    size = 24 << 20
+    edge.server.start(_answer_with_one_call, edge.port, size)
+    assert edge.client.call(_read_in_pauses, edge.port) >= size
+    edge.server.result()
+    for span in edge.expect([("/large", 200)]).one():
+        assert "http.response.body.size" not in span.attributes  # the close is its end, and chunks have no size
+        assert span.end_time_ns - span.start_time_ns > 90_000_000
+
+
+def _answer_with_one_call(port: int, size: int) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 65536)
+        receive_head(connection)
+        head = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        data = head + b"%x\r\n%s\r\n0\r\n\r\n" % (size, b"z" * size)
+        connection.setblocking(True)
+        assert os.write(connection.fileno(), data) == len(data)
+
+
+def _read_in_pauses(port: int) -> int:
+    total = 0
+    with connect(port) as connection:
+        send_all(connection, request("/large"))
+        for _ in range(10):
+            time.sleep(0.01)
+            total += len(connection.recv(65536))
+        connection.setblocking(True)
+        return total + receive_to_end(connection)
