@@ -19,7 +19,7 @@ from agent import __version__
 from agent.config import Config
 from agent.console import JsonConsole, TreeConsole
 from agent.errors import ExportError
-from agent.kernel.capture import Capture, CaptureSettings
+from agent.kernel.capture import Capture, CaptureSettings, give_memory_back
 from agent.kernel.records import Decoder
 from agent.metrics import metric_sources
 from agent.model import Span
@@ -206,6 +206,7 @@ class Agent:
 def run(config: Config) -> int:
     """Run the agent until SIGTERM or SIGINT. Returns the exit code; raises errors of ``agent.errors``."""
     configure_logging(config.telemetry.log_level, config.telemetry.log_format)
+    give_memory_back()
     agent = Agent(config)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):

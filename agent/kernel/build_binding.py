@@ -64,6 +64,7 @@ int spanloom_missing_types(const char *const *names, int count);
 long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
+void spanloom_give_memory_back(void);
 long spanloom_bpf(int command, void *attributes, unsigned int bytes);
 """
 )
@@ -75,6 +76,7 @@ ffibuilder.set_source(
 #include <bpf/btf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
+#include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
@@ -338,6 +340,16 @@ static long spanloom_jited_bytes(int program_fd)
     uint32_t length = sizeof(info);
 
     return bpf_obj_get_info_by_fd(program_fd, &info, &length) ? -errno : (long)info.jited_prog_len;
+}
+
+/* Makes the allocator return large blocks when they are freed, and keep one heap for all threads: export requests of a
+ * megabyte come and go, and by default glibc learns to hold on to them, per thread. */
+static void spanloom_give_memory_back(void)
+{
+#ifdef __GLIBC__
+    mallopt(M_MMAP_THRESHOLD, 256 << 10);
+    mallopt(M_ARENA_MAX, 1);
+#endif
 }
 
 static long spanloom_bpf(int command, void *attributes, unsigned int bytes)

@@ -364,6 +364,11 @@ def choose_backend(wanted: str) -> str:
     return "syscalls"
 
 
+def give_memory_back() -> None:
+    """Let freed blocks of memory go back to the system. Call before threads start; does nothing without glibc."""
+    lib.spanloom_give_memory_back()
+
+
 def require_tracing_privileges() -> None:
     """Fail early, with the remedy, on what loading would fail on anyway.
 

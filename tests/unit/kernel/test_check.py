@@ -28,6 +28,8 @@ class FakeCapture:
         if self.error is not None:
             raise self.error
 
+    backend = "sockets"
+
     def __enter__(self) -> FakeCapture:
         return self
 
