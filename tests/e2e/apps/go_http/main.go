@@ -9,6 +9,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"time"
 )
 
 func answer(writer http.ResponseWriter, request *http.Request) {
@@ -37,4 +38,6 @@ func main() {
 		response.Body.Close()
 		fmt.Println(response.StatusCode)
 	}
+	// Its language is read from /proc while it runs, and a loaded machine may need a moment for that.
+	time.Sleep(500 * time.Millisecond)
 }
