@@ -108,13 +108,19 @@ def _run(arguments: argparse.Namespace) -> int:
     from agent import config
 
     path = None if arguments.config is None else Path(arguments.config)
-    settings = config.load(path, arguments.overrides, os.environ)
     if arguments.print_config:
-        _print(config.dump(settings))
+        _print(config.dump(config.load(path, arguments.overrides, os.environ)))
         return 0
+    if path is None:
+        file, settings = None, config.load(None, arguments.overrides, os.environ)
+    else:
+        from agent.live import ConfigFile
+
+        file = ConfigFile(path, arguments.overrides, os.environ)
+        settings = file.config
     from agent import runtime
 
-    return runtime.run(settings)
+    return runtime.run(settings, file)
 
 
 def _check(arguments: argparse.Namespace) -> int:

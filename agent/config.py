@@ -42,6 +42,10 @@ def load(path: Path | None, overrides: Sequence[str], environ: Mapping[str, str]
         _read_override(override, values)
     config = _build(Config, "", values)
     _check_together(config)
+    if config.overrides:
+        from agent.overrides import check, parse_override
+
+        check(config, [parse_override(raw, f"overrides[{i}]") for i, raw in enumerate(config.overrides)])
     return config
 
 
@@ -194,12 +198,14 @@ def _setting(where: str, key: str, annotation: Any, value: object) -> object:
     """Return the value of setting ``key`` in its final form; ``where`` is the key or variable that errors name."""
     if key == "export.console" and value is False:
         value = "off"  # YAML 1.1 reads a bare off as false.
+    elif key == "kubernetes.enabled" and isinstance(value, bool):
+        value = "on" if value else "off"
     converted = _convert(where, annotation, value, secret=key in ("export.otlp.headers", "export.otlp.endpoint"))
     if (finish := _FINISH.get(key)) is None:
         return converted
     try:
         return finish(converted)
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         raise ConfigError(f"{where}: {error}") from None
 
 
@@ -292,6 +298,14 @@ def _listen(value: str | None) -> str | None:
     return value
 
 
+def _label_selector(value: str) -> str:
+    if value:
+        from agent.kube.select import LabelSelector
+
+        LabelSelector(value)
+    return value
+
+
 def _ring_buffer_bytes(value: int) -> int:
     from mmap import PAGESIZE
 
@@ -309,6 +323,7 @@ _FINISH: dict[str, Callable[[Any], object]] = {
     "propagation.formats": _distinct,
     "routes.patterns": _route_patterns,
     "telemetry.listen": _listen,
+    "select.kubernetes.labels": _label_selector,
     "kernel.ring_buffer_bytes": _ring_buffer_bytes,
 }
 """Setting -> function that returns the final value, or raises ``ValueError`` with the text for the operator."""

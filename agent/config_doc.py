@@ -62,6 +62,11 @@ def reference() -> str:
     """Return the whole page as Markdown."""
     parts = [_HEAD, "```yaml\n", dump(Config()), "```\n"]
     for name, section in fields_of(Config).items():
+        if not is_section(section):
+            meaning = " ".join(meta.description for meta in _metas(section) if meta.description)
+            parts.append(f"\n## {name}\n\n| Key | Range | Meaning |\n|---|---|---|\n")
+            parts.append(f"| `{name}` | {_range(section)}; none by default | {meaning} |\n")
+            continue
         parts.append(f"\n## {name}\n\n{_intro(section)}\n")
         parts.extend(_table(section, name))
     parts.append("\n" + _ENVIRONMENT_HEAD)
@@ -76,6 +81,8 @@ def json_schema() -> dict[str, Any]:
     schema = msgspec.json.schema(Config)
     console = schema["$defs"]["Export"]["properties"]["console"]
     console["enum"] = [*console["enum"], False]  # YAML 1.1 reads a bare off as false
+    enabled = schema["$defs"]["Kubernetes"]["properties"]["enabled"]
+    enabled["enum"] = [*enabled["enum"], False, True]
     return schema
 
 

@@ -62,11 +62,57 @@ class Ports(Section, frozen=True):
     ] = ()
 
 
+class Namespaces(Section, frozen=True):
+    """Which namespaces are traced, by glob."""
+
+    include: Annotated[
+        tuple[Glob, ...], Meta(max_length=256), _help("Pods of these namespaces are traced; an empty list: none.")
+    ] = ("*",)
+    exclude: Annotated[
+        tuple[Glob, ...], Meta(max_length=256), _help("Pods of these are not traced, whatever `include` says.")
+    ] = ()
+
+
+class Containers(Section, frozen=True):
+    """Which containers are traced, by glob on the container's name in the pod."""
+
+    include: Annotated[tuple[Glob, ...], Meta(max_length=256), _help("Containers with these names are traced.")] = (
+        "*",
+    )
+    exclude: Annotated[
+        tuple[Glob, ...], Meta(max_length=256), _help("Containers with these are not, whatever `include` says.")
+    ] = ()
+
+
+class SelectKubernetes(Section, frozen=True):
+    """Which pods are traced. The process must be selected by the criteria of the host, too."""
+
+    namespaces: Namespaces = field(default_factory=Namespaces)
+    containers: Containers = field(default_factory=Containers)
+    labels: Annotated[
+        str,
+        Meta(max_length=4096),
+        _help(
+            "Only pods with these labels are traced; empty: all.",
+            'a label selector such as "app=shop,tier notin (db, cache)"',
+        ),
+    ] = ""
+    annotation: Annotated[
+        bool,
+        _help(
+            'Pods may decide for themselves: annotation `spanloom.io/trace: "false"` keeps a pod out whatever else is '
+            'set, `"true"` takes it in whatever its namespace and labels are.'
+        ),
+    ] = True
+
+
 class Select(Section, frozen=True):
     """What is traced. The agent never traces itself."""
 
     executables: Executables = field(default_factory=Executables)
     ports: Ports = field(default_factory=Ports)
+    host: Annotated[bool, _help("Trace processes that are in no pod, when the agent runs in Kubernetes.")] = True
+    kubernetes: SelectKubernetes = field(default_factory=SelectKubernetes)
 
 
 class Capture(Section, frozen=True):
@@ -279,6 +325,34 @@ class Resource(Section, frozen=True):
     ] = field(default_factory=dict)
 
 
+class Kubernetes(Section, frozen=True):
+    """Pods instead of processes: where the metadata comes from."""
+
+    enabled: Annotated[
+        Literal["auto", "on", "off"],
+        _help("Whether pods are asked for at the API server. `auto`: when the agent itself runs in a pod."),
+    ] = "auto"
+    node_name: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=253)] | None,
+        _help("The node whose pods are watched; by default the environment variable `NODE_NAME`.", "a text or null"),
+    ] = None
+    cluster_name: Annotated[
+        Annotated[str, Meta(min_length=1, max_length=256)] | None,
+        _help("Exported as `k8s.cluster.name`.", "a text or null"),
+    ] = None
+    use_labels: Annotated[
+        bool, _help("Names and versions of services may come from the `app.kubernetes.io/…` labels, too.")
+    ] = False
+    wait_seconds: Annotated[
+        float,
+        Meta(ge=0, le=30),
+        _help("How long spans of a pod that is not known yet are held before they leave without its metadata."),
+    ] = 2.0
+    service_account: Annotated[
+        str, Meta(min_length=1, max_length=4096), _help("Where the token and the API server's certificate are mounted.")
+    ] = "/var/run/secrets/kubernetes.io/serviceaccount"
+
+
 class Telemetry(Section, frozen=True):
     """What the agent says about itself."""
 
@@ -312,7 +386,18 @@ class Config(Section, frozen=True):
     limits: Limits = field(default_factory=Limits)
     kernel: Kernel = field(default_factory=Kernel)
     resource: Resource = field(default_factory=Resource)
+    kubernetes: Kubernetes = field(default_factory=Kubernetes)
     telemetry: Telemetry = field(default_factory=Telemetry)
+    overrides: Annotated[
+        tuple[Annotated[dict[str, Any], Meta(extra={"expect": "a map with until, match and set"})], ...],
+        Meta(max_length=64),
+        _help(
+            "Other settings for some processes until a moment: each item has `until` (RFC 3339), `match` (globs for "
+            "namespace, pod, container, executable, service) and `set` (settings of sampling, routes and redaction, "
+            "and the two lists of captured headers).",
+            "a list of at most 64 overrides, each with until, match and set",
+        ),
+    ] = ()
 
 
 def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[str, Any]]:

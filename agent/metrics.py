@@ -79,9 +79,24 @@ _EXPORT = (
     Metric("spanloom_export_retries_total", "Batches sent again.", "counter"),
     Metric("spanloom_export_in_flight_spans", "Spans accepted for export and not settled.", "gauge"),
 )
+_KUBE = (
+    Metric("spanloom_kube_pods", "Pods of the node that are known.", "gauge"),
+    Metric("spanloom_kube_connected", "1 while the watch of pods is open.", "gauge"),
+    Metric("spanloom_kube_requests_total", "Lists and watches that the API server answered.", "counter", ("kind",)),
+    Metric("spanloom_kube_events_total", "Watch events taken in, bookmarks included.", "counter"),
+    Metric("spanloom_kube_relists_total", "Times a watch could not go on and all pods were listed again.", "counter"),
+    Metric("spanloom_kube_failures_total", "Failed requests to the API server, by reason.", "counter", ("reason",)),
+    Metric("spanloom_kube_spans_without_pod_total", "Spans that left before their pod was known.", "counter"),
+    Metric("spanloom_kube_spans_held", "Spans that wait for their pod to be known.", "gauge"),
+)
+_CONFIG = (
+    Metric("spanloom_config_last_reload_successful", "1 when the configuration file in place is in effect.", "gauge"),
+    Metric("spanloom_config_last_reload_success_timestamp_seconds", "When the last good one was read.", "gauge"),
+    Metric("spanloom_config_reloads_total", "Changes of the configuration file, by outcome.", "counter", ("outcome",)),
+)
 _BUILD = (Metric("spanloom_build_info", "1, with the version as a label.", "gauge", ("version",)),)
 
-ALL = (*_BOOKS, *_KERNEL, *_STITCHING, *_PIPELINE, *_EXPORT, *_BUILD, SOURCE_ERRORS)
+ALL = (*_BOOKS, *_KERNEL, *_STITCHING, *_PIPELINE, *_EXPORT, *_KUBE, *_CONFIG, *_BUILD, SOURCE_ERRORS)
 
 
 def metric_sources(agent: Agent) -> list[Source]:
@@ -133,12 +148,39 @@ def metric_sources(agent: Agent) -> list[Source]:
             "spanloom_export_in_flight_spans": state.in_flight,
         }
 
+    def kube() -> dict[str, Any]:
+        if agent.cluster is None:
+            return {}
+        watcher, batcher = agent.cluster.watcher, agent.batcher
+        return {
+            "spanloom_kube_pods": agent.cluster.directory.pods,
+            "spanloom_kube_connected": int(watcher.connected),
+            "spanloom_kube_requests_total": {"list": watcher.lists, "watch": watcher.watches},
+            "spanloom_kube_events_total": watcher.events,
+            "spanloom_kube_relists_total": watcher.relists,
+            "spanloom_kube_failures_total": dict(watcher.failures),
+            "spanloom_kube_spans_without_pod_total": batcher.incomplete if batcher is not None else 0,
+            "spanloom_kube_spans_held": batcher.held if batcher is not None else 0,
+        }
+
+    def config() -> dict[str, Any]:
+        file = agent.config_file
+        if file is None:
+            return {}
+        return {
+            "spanloom_config_last_reload_successful": int(file.last_reload_successful),
+            "spanloom_config_last_reload_success_timestamp_seconds": file.last_reload_success_unix,
+            "spanloom_config_reloads_total": dict(file.reloads),
+        }
+
     return [
         Source(_BOOKS, books),
         Source(_KERNEL, kernel),
         Source(_STITCHING, stitching),
         Source(_PIPELINE, pipeline),
         Source(_EXPORT, export),
+        Source(_KUBE, kube),
+        Source(_CONFIG, config),
         Source(_BUILD, lambda: {"spanloom_build_info": {__version__: 1}}),
     ]
 

@@ -43,9 +43,12 @@ class ExchangeProtocol(Protocol):
 
 
 class Sink(Protocol):
-    """Where spans go. ``waiting`` counts those taken and not handed on yet."""
+    """Where spans go. ``waiting`` counts those taken and not handed on yet, ``unwanted`` those that were dropped since
+    their process turned out not to be selected.
+    """
 
     waiting: int
+    unwanted: int
 
     def write(self, spans: Sequence[Span], now_ns: int) -> None: ...
     def tick(self, now_ns: int) -> None: ...
@@ -82,6 +85,7 @@ class _Account(msgspec.Struct, frozen=True, kw_only=True):
     streams_seen: int = 0
     streams_outstanding: int = 0
     waiting: int = 0
+    unwanted: int = 0
 
 
 class Pipeline:
@@ -142,6 +146,7 @@ class Pipeline:
         self.streamed = 0
         """Exchanges made from the segments of pipelined connections."""
         self.handed_over = 0
+        self._unwanted = 0
         self.dropped: Counter[str] = Counter()
         self._account = _Account()
         self.superseded = 0
@@ -205,13 +210,14 @@ class Pipeline:
         for name in ("ring_full", "state_full", "not_http"):
             dropped[name] += kernel[f"dropped_{name}"]
         dropped["write_refused"] += kernel["cancelled"]
+        dropped["not_selected"] += account.unwanted
         left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
         left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
         streams_unseen = kernel["streamed"] - account.streams_seen
         return Books(
             # What entered stream mode counts as one exchange until its segments tell how many it is.
             begun=kernel["begun"] - account.streams_seen + account.streamed + account.streams_outstanding,
-            handed_over=account.handed_over,
+            handed_over=account.handed_over - account.unwanted,
             sampled_out=account.sampled_out,
             dropped=+dropped,
             in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - account.received + streams_unseen,
@@ -228,6 +234,7 @@ class Pipeline:
             dropped=dict(self.dropped),
             streams_seen=self._streams_seen,
             streams_outstanding=self._streams_outstanding,
+            unwanted=self._unwanted + sum(sink.unwanted for sink in self._sinks),
             waiting=len(self._pending) + self._stitcher.held + self._streams_outstanding,
         )
 
@@ -436,12 +443,31 @@ class Pipeline:
     def _on_process_seen(self, seen: ProcessSeen) -> None:
         self._decide(self._processes.observe(seen))
 
+    def reconsider(self, infos: Iterable[ProcessInfo]) -> None:
+        """Decide again on processes of which something else is known now."""
+        for info in infos:
+            self._decide(info)
+
+    def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
+        """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
+        self._parsers = [protocol.parse for protocol in protocols]
+        self._parse_first = self._parsers[0]
+        self._selector = selector
+        self._decided.clear()
+
+    def replace_sinks(self, make: Callable[[], Sequence[Sink]]) -> list[Sink]:
+        """Hand what comes next to other sinks; returns the old ones, which may still hold spans."""
+        old, self._sinks = self._sinks, list(make())
+        self._unwanted += sum(sink.unwanted for sink in old)
+        return old
+
     def _decide(self, info: ProcessInfo) -> tuple[int, tuple[int, int], bool]:
         selected = self._selector.selects(info)
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
         decided = self._decided[info.key[0]] = (info.key[1], info.key, selected)
-        self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
+        if info.is_placed or not selected:  # what is not known yet is captured all the same
+            self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
         self._on_process(info)
         return decided
 

@@ -18,9 +18,10 @@ import fnmatch
 import os
 import re
 import struct
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
+from typing import Protocol
 from urllib.parse import unquote_to_bytes
 
 import msgspec
@@ -53,13 +54,39 @@ _TICK_NS = _NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
 _FACTS = frozenset(("process.pid", "process.executable.name"))
 
 
+class Placement(msgspec.Struct, frozen=True, gc=False):
+    """What is known of the pod that a process runs in.
+
+    ``container`` identifies the container to whoever made this. Until the pod is ``known``, ``attributes`` hold only
+    what the process itself gives away. ``selected``: by the rules for pods. ``facts`` are for matching overrides:
+    namespace, pod, container.
+    """
+
+    container: object
+    known: bool
+    selected: bool
+    attributes: Attributes
+    facts: tuple[tuple[str, str], ...] = ()
+
+
+class Pods(Protocol):
+    """What is needed of ``agent.kube``."""
+
+    def container_of(self, cgroup: bytes) -> object | None:
+        """The container that the text of ``/proc/<pid>/cgroup`` tells of; None outside of pods."""
+
+    def place(self, container: object, declared: Mapping[str, str]) -> Placement:
+        """What is known now. ``declared`` is what the process says of itself, by attribute."""
+
+
 class ProcessInfo(msgspec.Struct, frozen=True, gc=False):
     """One process.
 
     ``key`` is ``(tgid, start_ns)``. ``executable_name`` and ``executable_path`` may be empty. ``command_line`` (at most
     16 arguments of 2 KiB together) serves language detection; it may hold secrets, so it is never exported and not
     part of the ``repr``. ``language`` is a value of ``telemetry.sdk.language`` or empty. ``resource`` holds every
-    resource attribute of the process's spans. ``alive_when_seen`` tells whether ``/proc`` could be read.
+    resource attribute of the process's spans. ``alive_when_seen`` tells whether ``/proc`` could be read. ``placement``
+    is None outside of pods; ``declared`` are the resource attributes of its own environment.
     """
 
     key: tuple[int, int]
@@ -70,6 +97,14 @@ class ProcessInfo(msgspec.Struct, frozen=True, gc=False):
     service_name: str
     resource: Attributes
     alive_when_seen: bool
+    own_name: str = ""
+    declared: tuple[tuple[str, str], ...] = ()
+    placement: Placement | None = None
+
+    @property
+    def is_placed(self) -> bool:
+        """False while its pod is not known."""
+        return self.placement is None or self.placement.known
 
     def __repr__(self) -> str:
         return f"ProcessInfo(key={self.key}, executable={self.executable_name!r}, service_name={self.service_name!r})"
@@ -84,6 +119,8 @@ class ProcessTable:
     ``service.instance.id`` is ``<host_name>.<pid>.<start_ns>`` unless the process declares another one: the same for
     every span of one process, and different for any other process of the host until it boots again.
 
+    With ``pods``, processes in containers are described by their pods; ``refresh()`` follows what becomes known later.
+
     ``proc_root`` must show the host's pids. ``extra_attributes`` go to every resource; what a process declares in its
     own environment wins over them. ``version`` is that of the agent. Counters: ``vanished`` counts the processes of
     which only the kernel's word is known, ``evicted`` the entries given up at the bound.
@@ -97,7 +134,9 @@ class ProcessTable:
         extra_attributes: Attributes = (),
         max_processes: int = 8192,
         version: str,
+        pods: Pods | None = None,
     ) -> None:
+        self._pods = pods
         self._proc_root = os.fspath(proc_root)
         self._host_name = host_name
         self._extra_attributes = extra_attributes
@@ -171,9 +210,29 @@ class ProcessTable:
         del self._processes[key]
         self.evicted += 1
 
+    def refresh(self) -> list[ProcessInfo]:
+        """Look at the pods again; return the processes of which something is different now."""
+        changed = []
+        if self._pods is not None:
+            for info in self._processes.values():
+                if info.placement is not None:
+                    placement = self._pods.place(info.placement.container, dict(info.declared))
+                    if placement != info.placement:
+                        changed.append(self._compose(info, placement))
+            for info in changed:
+                self._processes[info.key] = info
+        return changed
+
+    def describe_with(self, extra_attributes: Attributes) -> None:
+        """Give every process other extra attributes from now on."""
+        self._extra_attributes = extra_attributes
+        for key, info in list(self._processes.items()):
+            self._processes[key] = self._compose(info, info.placement)
+
     def _describe(self, key: tuple[int, int], executable: str, comm: str, directory_fd: int | None) -> ProcessInfo:
         path, command_line, unit = "", (), ""
         declared: dict[str, str] = {}
+        container = None
         if directory_fd is None:
             name = executable
             language = _language_of_name(name)
@@ -182,14 +241,31 @@ class ProcessTable:
             name = _base_name(path) or executable
             command_line = _command_line(_read(directory_fd, "cmdline", _COMMAND_LINE_BYTES))
             declared = _declared(_read_declarations(directory_fd))
-            unit = systemd_unit(_read(directory_fd, "cgroup", _CGROUP_BYTES))
+            cgroup = _read(directory_fd, "cgroup", _CGROUP_BYTES)
+            unit = systemd_unit(cgroup)
             language = _language(directory_fd, name, command_line)
-        service_name = (
-            declared.get("service.name") or unit or name or (f"unknown_service:{comm}" if comm else "unknown_service")
+            container = self._pods.container_of(cgroup) if self._pods is not None else None
+        info = ProcessInfo(
+            key=key,
+            executable_name=name,
+            executable_path=path,
+            command_line=command_line,
+            language=language,
+            service_name="",
+            resource=(),
+            alive_when_seen=directory_fd is not None,
+            own_name=unit or name or (f"unknown_service:{comm}" if comm else "unknown_service"),
+            declared=tuple(declared.items()),
         )
-        tgid, start_ns = key
+        placement = self._pods.place(container, declared) if container is not None else None
+        return self._compose(info, placement, comm)
+
+    def _compose(self, info: ProcessInfo, placement: Placement | None, comm: str = "") -> ProcessInfo:
+        """Put the resource together: the host's view, what the process declares, and above both what its pod says."""
+        declared = dict(info.declared)
+        tgid, start_ns = info.key
         resource: dict[str, str | int | float | bool | tuple[str, ...]] = {
-            "service.name": service_name,
+            "service.name": "",
             "service.instance.id": f"{self._host_name}.{tgid}.{start_ns}",
             "host.name": self._host_name,
         }
@@ -197,23 +273,22 @@ class ProcessTable:
         for attribute, value in declared.items():
             if attribute not in _FACTS and not attribute.startswith("telemetry.sdk."):
                 resource[attribute] = value
-        resource["service.name"] = service_name
+        resource["service.name"] = declared.get("service.name") or info.own_name
+        if placement is not None:
+            resource.update(placement.attributes)
         resource["process.pid"] = tgid
-        if name or comm:
-            resource["process.executable.name"] = name or comm
+        name = info.executable_name or comm or dict(info.resource).get("process.executable.name", "")
+        if name:
+            resource["process.executable.name"] = name
         resource["telemetry.sdk.name"] = "spanloom"
-        if language:
-            resource["telemetry.sdk.language"] = language
+        if info.language:
+            resource["telemetry.sdk.language"] = info.language
         resource["telemetry.sdk.version"] = self._version
-        return ProcessInfo(
-            key=key,
-            executable_name=name,
-            executable_path=path,
-            command_line=command_line,
-            language=language,
-            service_name=service_name,
+        return msgspec.structs.replace(
+            info,
+            service_name=str(resource["service.name"]),
             resource=tuple(resource.items()),
-            alive_when_seen=directory_fd is not None,
+            placement=placement,
         )
 
 
@@ -221,16 +296,20 @@ class Selector:
     """Which processes are traced: those that match an ``include`` glob and no ``exclude`` glob, never the agent itself.
 
     The globs are ``fnmatch`` patterns, case-sensitive, on the executable's name or its whole path. An empty
-    ``include`` selects nothing. A process whose name is unknown is matched by ``*`` only.
+    ``include`` selects nothing. A process whose name is unknown is matched by ``*`` only. In a pod, the rules for pods
+    must select it as well; outside of pods, ``host`` must be true.
     """
 
-    def __init__(self, include: Sequence[str], exclude: Sequence[str], own_tgid: int) -> None:
+    def __init__(self, include: Sequence[str], exclude: Sequence[str], own_tgid: int, *, host: bool = True) -> None:
+        self._host = host
         self._include = _matcher(include)
         self._exclude = _matcher(exclude)
         self._own_tgid = own_tgid
 
     def selects(self, info: ProcessInfo) -> bool:
         if info.key[0] == self._own_tgid:
+            return False
+        if not (self._host if info.placement is None else info.placement.selected):
             return False
         name, path = info.executable_name, info.executable_path
         if self._exclude(name) is not None or (path and self._exclude(path) is not None):

@@ -11,6 +11,7 @@ import os
 import signal
 import socket
 import sys
+import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -21,12 +22,14 @@ from agent.console import JsonConsole, TreeConsole
 from agent.errors import ExportError
 from agent.kernel.capture import Capture, CaptureSettings, give_memory_back
 from agent.kernel.records import Decoder
+from agent.kube.cluster import Cluster
+from agent.live import ConfigFile, Loaded, Refused, restart_needed
 from agent.metrics import metric_sources
 from agent.model import Span
-from agent.otlp.batch import Batcher
+from agent.otlp.batch import Batcher, Subject
 from agent.otlp.exporter import OtlpExporter
 from agent.otlp.settings import ExporterSettings
-from agent.pipeline import Pipeline, Sink
+from agent.pipeline import ExchangeProtocol, Pipeline, Sink
 from agent.process import ProcessTable, Selector
 from agent.propagation import Extractor
 from agent.protocols import PROTOCOLS
@@ -47,6 +50,7 @@ class ConsoleSink:
     """Prints spans. Nothing waits here that counts as in flight: printing is the end of a span's way."""
 
     waiting = 0
+    unwanted = 0
 
     def __init__(self, console: TreeConsole | JsonConsole, processes: ProcessTable) -> None:
         self._console = console
@@ -66,14 +70,19 @@ class ConsoleSink:
 
 
 class Agent:
-    """All stages, put together. ``step()`` runs them once; ``run()`` until ``stop()``."""
+    """All stages, put together. ``run()`` turns the loop until ``stop()``, ``apply()`` changes settings between turns.
 
-    def __init__(self, config: Config) -> None:
+    ``config_file`` is asked for changes by the loop; without one the configuration stays as it is.
+    """
+
+    def __init__(self, config: Config, config_file: ConfigFile | None = None) -> None:
         self.config = config
+        self.config_file = config_file
         self._stopping = False
         self._attached = False
         self._stepped_at = time.monotonic()
         self.exporter = _exporter(config)
+        self.cluster = Cluster.of(config, os.environ)
         self.capture = Capture(_capture_settings(config))
         try:
             self._build(config)
@@ -82,13 +91,15 @@ class Agent:
             raise
 
     def _build(self, config: Config) -> None:
-        own_tgid = os.getpid()
         self.processes = ProcessTable(
             host_name=socket.gethostname(),
             extra_attributes=tuple(config.resource.attributes.items()),
             max_processes=config.limits.processes,
             version=__version__,
+            pods=self.cluster.directory if self.cluster is not None else None,
         )
+        self._placed_generation: object = None
+        self.selector = _selector(config)
         self.extractor = Extractor(config.propagation.formats)
         self.stitcher = Stitcher(
             Sampler(config.sampling.ratio, config.sampling.parent_based),
@@ -96,38 +107,15 @@ class Agent:
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
         )
-        sinks: list[Sink] = []
-        self.batcher = None
-        if self.exporter is not None:
-            self.batcher = Batcher(
-                self.exporter,
-                lambda process: self.processes.lookup(*process).resource,
-                max_spans=config.export.batch.max_spans,
-                max_delay_ns=int(config.export.batch.max_delay_seconds * 1e9),
-            )
-            sinks.append(self.batcher)
-        console = _console(config, self.exporter is not None)
-        if console is not None:
-            sinks.append(ConsoleSink(console, self.processes))
+        self.batcher: Batcher | None = None
         self.pipeline = Pipeline(
             source=self.capture,
             decoder=Decoder(self.capture.layout),
-            protocols=[
-                protocol(
-                    extractor=self.extractor,
-                    request_headers=config.capture.request_headers,
-                    response_headers=config.capture.response_headers,
-                    allow_secret_headers=config.capture.dangerously_allow_secret_headers,
-                    redact_query_keys=config.redaction.query_keys,
-                    route_patterns=config.routes.patterns,
-                    guess_routes=config.routes.guess,
-                )
-                for protocol in PROTOCOLS
-            ],
+            protocols=self._protocols(config),
             processes=self.processes,
-            selector=Selector(config.select.executables.include, config.select.executables.exclude, own_tgid),
+            selector=self.selector,
             stitcher=self.stitcher,
-            sinks=sinks,
+            sinks=self._sinks(config),
             on_process=lambda info: self.batcher.forget_resource(info.key) if self.batcher else None,
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
@@ -136,13 +124,99 @@ class Agent:
         )
         self.telemetry = Telemetry(metric_sources(self), is_ready=self.is_ready, is_healthy=self.is_healthy)
 
+    def _protocols(self, config: Config) -> list[ExchangeProtocol]:
+        return [
+            protocol(
+                extractor=self.extractor,
+                request_headers=config.capture.request_headers,
+                response_headers=config.capture.response_headers,
+                allow_secret_headers=config.capture.dangerously_allow_secret_headers,
+                redact_query_keys=config.redaction.query_keys,
+                route_patterns=config.routes.patterns,
+                guess_routes=config.routes.guess,
+            )
+            for protocol in PROTOCOLS
+        ]
+
+    def _sinks(self, config: Config) -> list[Sink]:
+        sinks: list[Sink] = []
+        if self.exporter is None:
+            self.batcher = None
+        else:
+            self.batcher = Batcher(
+                self.exporter,
+                self._subject,
+                max_spans=config.export.batch.max_spans,
+                max_delay_ns=int(config.export.batch.max_delay_seconds * 1e9),
+                hold_ns=int(config.kubernetes.wait_seconds * 1e9),
+            )
+            sinks.append(self.batcher)
+        console = _console(config, self.exporter is not None)
+        if console is not None:
+            sinks.append(ConsoleSink(console, self.processes))
+        return sinks
+
+    def _subject(self, process: tuple[int, int]) -> Subject:
+        info = self.processes.lookup(*process)
+        return Subject(info.resource, info.is_placed, not info.is_placed or self.selector.selects(info))
+
+    def apply(self, config: Config) -> None:
+        """Go on with other settings from the next batch of records on; call it between two turns of the loop.
+
+        What was read before keeps what it was read under. Settings that are fixed at start stay as they are.
+        """
+        old, self.config = self.config, config
+        if (old.telemetry.log_level, old.telemetry.log_format) != (
+            config.telemetry.log_level,
+            config.telemetry.log_format,
+        ):
+            configure_logging(config.telemetry.log_level, config.telemetry.log_format)
+        if (old.export, old.kubernetes.wait_seconds) != (config.export, config.kubernetes.wait_seconds):
+            self._apply_export(old, config)
+        self.extractor = Extractor(config.propagation.formats)
+        self.stitcher.reconfigure(
+            Sampler(config.sampling.ratio, config.sampling.parent_based),
+            hold_ns=int(config.stitching.hold_seconds * 1e9),
+            hold_spans=config.stitching.hold_spans,
+        )
+        if self.cluster is not None:
+            self.cluster.configure(config)
+        if old.resource != config.resource:
+            self.processes.describe_with(tuple(config.resource.attributes.items()))
+        self.selector = _selector(config)
+        self.pipeline.reconfigure(self._protocols(config), self.selector)
+        if old.select.ports != config.select.ports:
+            self.capture.select_ports(config.select.ports.include, config.select.ports.exclude)
+        self.capture.limit_heads(config.capture.request_head_bytes, config.capture.response_head_bytes)
+        if (old.select.executables, old.select.host, old.select.kubernetes) != (
+            config.select.executables,
+            config.select.host,
+            config.select.kubernetes,
+        ):
+            self.capture.forget_decisions()
+        if self.batcher is not None:
+            self.batcher.forget_resources()
+
+    def _apply_export(self, old: Config, config: Config) -> None:
+        """Let everything that waits leave through the old sinks; an exporter that is replaced ends by itself."""
+        before = self.exporter
+        if old.export.otlp != config.export.otlp:
+            self.exporter = _exporter(config)
+        sinks = self.pipeline.replace_sinks(lambda: self._sinks(config))
+        for sink in sinks:
+            sink.flush()
+        if before is not None and before is not self.exporter:
+            threading.Thread(target=before.close, args=(SHUTDOWN_SECONDS,), name="otlp-retire", daemon=True).start()
+
     def start(self) -> None:
-        """Open the telemetry endpoint and attach the probes."""
+        """Open the telemetry endpoint, attach the probes, and begin to watch pods."""
         if self.config.telemetry.listen is not None:
             self.telemetry.start(self.config.telemetry.listen)
         self.capture.attach([os.getpid()])
         self._attached = True
         event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+        if self.cluster is not None:
+            self.cluster.start()
 
     def is_ready(self) -> bool:
         """True while the probes are attached."""
@@ -168,6 +242,8 @@ class Agent:
             self.capture.wait(kernel.poll_seconds)
             self._stepped_at = time.monotonic()
             now_ns = time.monotonic_ns()
+            self._follow_pods()
+            self._follow_file()
             self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
             if now_ns >= next_sweep_ns:
                 self.pipeline.sweep(now_ns)
@@ -175,6 +251,25 @@ class Agent:
                 next_sweep_ns = now_ns + max(sweep_ns, 10 * self.pipeline.sweep_ns)
             else:
                 self.pipeline.run_once(now_ns)
+
+    def _follow_pods(self) -> None:
+        """Tell the stages what the API server said since the last turn."""
+        if self.cluster is not None and (generation := self.cluster.directory.generation) != self._placed_generation:
+            self._placed_generation = generation
+            self.pipeline.reconsider(self.processes.refresh())
+
+    def _follow_file(self) -> None:
+        """Apply a change of the configuration file, or say why not."""
+        outcome = self.config_file.poll() if self.config_file is not None else None
+        if isinstance(outcome, Refused):
+            event(_log, "config_refused", level=logging.ERROR, message=outcome.message)
+            if self.cluster is not None:
+                self.cluster.report("ConfigRefused", outcome.message)
+        elif isinstance(outcome, Loaded):
+            fixed = restart_needed(self.config, outcome.config)
+            event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
+            if outcome.changed:
+                self.apply(outcome.config)
 
     def close(self) -> None:
         """Stop capturing, export what is complete, release everything. Takes less than 5 s."""
@@ -187,6 +282,8 @@ class Agent:
                 self.pipeline.sweep(now_ns)
                 self.pipeline.finish(now_ns)
         finally:
+            if self.cluster is not None:
+                self.cluster.stop()
             if self.exporter is not None:
                 self.exporter.close(SHUTDOWN_SECONDS)
             books = self.pipeline.books()
@@ -203,11 +300,11 @@ class Agent:
             self.capture.close()
 
 
-def run(config: Config) -> int:
+def run(config: Config, config_file: ConfigFile | None = None) -> int:
     """Run the agent until SIGTERM or SIGINT. Returns the exit code; raises errors of ``agent.errors``."""
     configure_logging(config.telemetry.log_level, config.telemetry.log_format)
     give_memory_back()
-    agent = Agent(config)
+    agent = Agent(config, config_file)
     try:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, agent.stop)
@@ -248,6 +345,11 @@ def _capture_settings(config: Config) -> CaptureSettings:
         ports_include=tuple(config.select.ports.include),
         ports_exclude=tuple(config.select.ports.exclude),
     )
+
+
+def _selector(config: Config) -> Selector:
+    executables = config.select.executables
+    return Selector(executables.include, executables.exclude, os.getpid(), host=config.select.host)
 
 
 def _exporter(config: Config) -> OtlpExporter | None:

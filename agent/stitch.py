@@ -124,6 +124,12 @@ class Stitcher:
         self.clock_offset_ns = 0
         """Unix time minus CLOCK_MONOTONIC; set by the pipeline."""
 
+    def reconfigure(self, sampler: Sampler, *, hold_ns: int, hold_spans: int) -> None:
+        """Decide otherwise about traces that are not known yet, and wait otherwise, from now on."""
+        self._keeps = sampler.keeps
+        self._hold_ns = hold_ns
+        self._hold_spans = hold_spans
+
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
     _GENERATION_NODES = 50_000
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.

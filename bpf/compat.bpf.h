@@ -58,7 +58,7 @@
 #define NR_epoll_wait (-1)
 #define NR_poll (-2)
 
-#define syscall_regs struct pt_regs___arm64
+#define syscall_regs struct pt_regs___arm64_frame
 #define SYSCALL_NR(regs) ((__u32)(regs)->syscallno)
 /* x0 is overwritten by the return value; the first argument survives in orig_x0. */
 #define SYSCALL_ARG1(regs) ((regs)->orig_x0)

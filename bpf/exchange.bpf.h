@@ -253,7 +253,7 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 		return absorb_iovecs(sock, transfer->iov, transfer->iov_count, transfer->length,
 				     (__u64)limit << 1 | tail);
 	if (limit && !connection->data_length) {
-		__u64 length = request_cap;
+		__u64 length = limit;
 
 		if (transfer->length < length)
 			length = transfer->length;
@@ -281,6 +281,16 @@ static __always_inline __u64 absorb(struct connection *connection, struct transf
 	if (tail)
 		push_tail(connection, transfer->buffer, transfer->length);
 	return transfer->length;
+}
+
+static __always_inline __u32 request_room(void)
+{
+	return request_limit < request_cap ? request_limit : request_cap;
+}
+
+static __always_inline __u32 response_room(void)
+{
+	return response_limit < response_cap ? response_limit : response_cap;
 }
 
 /* User space looks into the ring buffer by itself every now and then; it is woken when much waits. The band keeps a
@@ -830,6 +840,26 @@ static __always_inline void undo_point(struct connection *connection, bool respo
 	connection->undo_end_ns = response ? connection->exchange.response_end_ns : connection->exchange.request_end_ns;
 }
 
+static __always_inline bool port_selected(const struct record_exchange *exchange)
+{
+	__u16 port = exchange->role == ROLE_SERVER ? exchange->local_port : exchange->remote_port;
+	__u8 *selected = bpf_map_lookup_elem(&ports, &port);
+
+	return selected ? *selected : ports_default;
+}
+
+/* Judges a connection by its port. A connection that is passed over is not tracked until the selection changes. */
+static __always_inline bool passes_over(struct connection *connection)
+{
+	connection->ports_generation = ports_generation;
+	connection->passed_over = ports_filtered && !port_selected(&connection->exchange);
+	if (!connection->passed_over)
+		return false;
+	count(COUNTER_IGNORED_PORT);
+	connection->mode = MODE_IGNORED;
+	return true;
+}
+
 /* Request bytes went by, or are about to. `process` is looked up here when `lazy`. */
 static __always_inline void on_request_bytes(struct connection *connection, struct process *process, bool lazy,
 					     struct transfer *transfer, __u64 sock, __u64 now, __u64 pid_tgid, bool entering)
@@ -850,6 +880,8 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		count(COUNTER_IGNORED_OTHER);
 		return;
 	}
+	if (starts && connection->ports_generation != (__u32)ports_generation && passes_over(connection))
+		return;
 	if (starts && lazy && !is_captured(pid_tgid, &process))
 		return;
 	/* Behind a request that may have a body this may still be a part of it, which user space tells by its framing. */
@@ -866,12 +898,12 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		connection->data_length = 0;
 		exchange->request_bytes = 0;
 		exchange->request_captured = 0;
-		length = absorb(connection, transfer, sock, request_cap, false);
+		length = absorb(connection, transfer, sock, request_room(), false);
 		begin(connection, process, sock, now, pid_tgid);
 	} else if (connection->state == STATE_REQUEST) {
 		/* Capture only while nothing is missing in between. */
 		length = absorb(connection, transfer, sock,
-				connection->data_length == exchange->request_bytes ? request_cap : 0, false);
+				connection->data_length == exchange->request_bytes ? request_room() : 0, false);
 	} else {
 		length = absorb(connection, transfer, sock, 0, false);
 	}
@@ -945,7 +977,7 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		connection->tail_valid = 1;
 	}
 	if ((__u64)before == exchange->request_captured + exchange->response_bytes)
-		limit = exchange->request_captured + response_cap;
+		limit = exchange->request_captured + response_room();
 	length = absorb(connection, transfer, sock, limit, true);
 	absorbed = connection->data_length - before;
 	if (starts) {
@@ -1000,14 +1032,6 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 /* All zero: the initial value of a connection's entry. */
 static const struct connection zero_connection;
 
-static __always_inline bool port_selected(const struct record_exchange *exchange)
-{
-	__u16 port = exchange->role == ROLE_SERVER ? exchange->local_port : exchange->remote_port;
-	__u8 *selected = bpf_map_lookup_elem(&ports, &port);
-
-	return selected ? *selected : ports_default;
-}
-
 static __always_inline void untrack(__u64 key)
 {
 	if (!bpf_map_delete_elem(&connections, &key))
@@ -1054,11 +1078,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	connection->exchange.role = egress ? ROLE_CLIENT : ROLE_SERVER;
 	connection->exchange.connection_id = random_id();
 	read_identity(sock, &connection->exchange);
-	if (ports_filtered && !port_selected(&connection->exchange)) {
-		count(COUNTER_IGNORED_PORT);
-		connection->mode = MODE_IGNORED;
+	if (passes_over(connection))
 		return 0;
-	}
 	if (egress) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
 			    connection->exchange.netns, connection->exchange.remote_port);
@@ -1095,6 +1116,10 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
 		if (connection->state != STATE_IDLE)
 			finish(connection, END_CLOSED, bpf_ktime_get_ns());
+		untrack(key);
+		connection = 0;
+	}
+	if (connection && connection->passed_over && connection->ports_generation != (__u32)ports_generation) {
 		untrack(key);
 		connection = 0;
 	}

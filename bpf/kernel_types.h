@@ -18,7 +18,7 @@ struct pt_regs___x86 {
 	unsigned long di, si, dx, r10, r8, r9, orig_ax, cs;
 };
 
-struct pt_regs___arm64 {
+struct pt_regs___arm64_frame { /* libbpf 1.5 has a pt_regs___arm64 of its own */
 	__u64 regs[31];
 	__u64 orig_x0;
 	__s32 syscallno;

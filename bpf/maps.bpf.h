@@ -13,8 +13,6 @@ const volatile __u64 quiet_ns = 50000000;
 const volatile __u64 open_ns = 200000000;
 const volatile __u64 expire_ns = 600000000000;
 const volatile __u64 wakeup_bytes = 2 << 20; /* waiting bytes at which user space is woken before its time */
-const volatile __u8 ports_filtered = 0; /* 1: look ports up in the map of that name */
-const volatile __u8 ports_default = 1;  /* whether a port that is not in the map is selected */
 
 enum capture_limit {
 	REQUEST_CAP_MAX = 8192,
@@ -59,6 +57,7 @@ struct connection {
 	__u64 cursor_limit;
 	__u32 undo_data_length;
 	__u32 write_tid;
+	__u32 ports_generation; /* of the selection of ports that the connection was judged by */
 	__u32 write_seq;    /* socket backend: TCP's number of the first byte of the write handled last */
 	__u32 received_seq; /* socket backend: TCP's number of the next byte to be read, as far as reads were seen */
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
@@ -71,7 +70,8 @@ struct connection {
 	__u8 tail_valid;
 	__u8 undo_tail_valid;
 	__u8 lingers; /* closed by TCP, but the process still has the socket and unread bytes in it */
-	__u8 _pad[3];
+	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
+	__u8 _pad[6];
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
 };
@@ -226,6 +226,12 @@ union {
 /* .bss, mapped by user space. */
 __u64 oldest_unreported_ns; /* lowered by the sweep to the begin of the oldest exchange that no record told of yet */
 __u64 capturing; /* set by user space once all programs are attached: half of them would misread what they see */
+/* Settings that user space may change at any time. */
+__u64 request_limit = REQUEST_CAP_MAX; /* bytes of a request that are captured, as far as request_cap allows */
+__u64 response_limit = RESPONSE_CAP_MAX;
+__u64 ports_filtered; /* 1: look ports up in the map of that name */
+__u64 ports_generation; /* counts the changes of the selection of ports */
+__u64 ports_default = 1; /* whether a port that is not in the map is selected */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
 __u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */

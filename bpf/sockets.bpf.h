@@ -94,7 +94,8 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		return 0; /* what sendfile, splice and kTLS pass on */
 	send->offered = transfer.length;
 	connection = connection_of(sock);
-	if (connection ? connection->mode == MODE_IGNORED : !is_captured(pid_tgid, &process))
+	if (connection ? connection->mode == MODE_IGNORED && !connection->passed_over
+		       : !is_captured(pid_tgid, &process))
 		return 0;
 	if (kind == bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
 		transfer.buffer = (__u64)BPF_CORE_READ(message, msg_iter.ubuf) + message->msg_iter.iov_offset;

@@ -12,6 +12,7 @@ import platform
 import time
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -25,6 +26,10 @@ it stay in the second-level cache (a fifth less CPU per span than with 1 MiB: `m
 BATCH_SLOTS = 4096
 
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
+
+_ZERO_AT_FIRST = frozenset(
+    ("ports_filtered", "ports_generation")
+)  # the compiler puts these into .bss, the other settings into .data
 
 _COMMON = ("on_sock_state", "on_process_exit", "on_process_exec")
 _BACKENDS = {
@@ -116,7 +121,11 @@ class Capture:
         if error:
             raise _load_error(-error, "load")
         self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
-        self._ports(settings)
+        self._settings: dict[str, Any] = {}
+        self._ports: dict[int, int] = {}
+        self._ports_generation = 0
+        self.select_ports(settings.ports_include, settings.ports_exclude)
+        self.limit_heads(settings.request_head_bytes, settings.response_head_bytes)
         self._capturing = ffi.cast("uint64_t *", self._variable(".bss", "capturing", 8))
         self._tracked = ffi.cast("uint64_t *", self._variable(".bss", "tracked_connections", 8))
         self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
@@ -237,10 +246,9 @@ class Capture:
 
     def forget_connections(self) -> None:
         """Drop the state of every connection, while detached: it tells nothing of what follows a pause in capturing."""
-        descriptor, key = self._maps["connections"], ffi.new("uint64_t *")
-        while lib.bpf_map_get_next_key(descriptor, ffi.NULL, key) == 0:
-            lib.bpf_map_delete_elem(descriptor, key)
-        self._tracked[0] = 0
+        # tracked_connections is the kernel's to count; too high a number costs a sweep and nothing else.
+        for key in self._keys(self._maps["connections"], "uint64_t"):
+            lib.bpf_map_delete_elem(self._maps["connections"], ffi.new("uint64_t *", key))
 
     def hasten(self) -> None:
         """Let the next sweep report responses without waiting for silence. For the end: there is no way back."""
@@ -277,8 +285,6 @@ class Capture:
             "open_ns": ("uint64_t *", 8, int(settings.open_seconds * 1e9)),
             "expire_ns": ("uint64_t *", 8, int(settings.exchange_timeout_seconds * 1e9)),
             "wakeup_bytes": ("uint64_t *", 8, settings.ring_buffer_bytes // 4),
-            "ports_filtered": ("uint8_t *", 1, bool(settings.ports_include or settings.ports_exclude)),
-            "ports_default": ("uint8_t *", 1, not settings.ports_include),
         }
         for name, (kind, size, value) in constants.items():
             ffi.cast(kind, self._variable(".rodata", name, size))[0] = value
@@ -295,13 +301,65 @@ class Capture:
         ):
             self._check(lib.bpf_map__set_max_entries(self._map(name), entries))
 
-    def _ports(self, settings: CaptureSettings) -> None:
+    def select_ports(self, include: Iterable[int], exclude: Iterable[int]) -> None:
+        """Choose the server ports whose connections are traced; an empty ``include`` means all. Live.
+
+        Each open connection is judged again when its next exchange begins.
+        """
+        wanted = dict.fromkeys(include, 1) | dict.fromkeys(exclude, 0)
         descriptor = lib.bpf_map__fd(self._map("ports"))
         key, value = ffi.new("uint16_t *"), ffi.new("uint8_t *")
-        for ports, selected in ((settings.ports_include, 1), (settings.ports_exclude, 0)):
-            for port in ports:
+        changes = False
+        for port in self._ports.keys() - wanted.keys():
+            key[0] = port
+            lib.bpf_map_delete_elem(descriptor, key)
+            changes = True
+        for port, selected in wanted.items():
+            if self._ports.get(port) != selected:
                 key[0], value[0] = port, selected
                 self._check(lib.bpf_map_update_elem(descriptor, key, value, 0))
+                changes = True
+        self._ports = wanted
+        self._set("ports_default", not any(wanted.values()))
+        self._set("ports_filtered", bool(wanted))
+        if changes:
+            self._ports_generation += 1
+            self._set("ports_generation", self._ports_generation)
+
+    def limit_heads(self, request_bytes: int, response_bytes: int) -> None:
+        """Capture at most so many bytes of each head, as far as the sizes at loading allow. Live."""
+        self._set("request_limit", request_bytes)
+        self._set("response_limit", response_bytes)
+
+    def forget_decisions(self) -> None:
+        """Let every process but the agent itself be announced and decided on anew, at its next exchange."""
+        descriptor, value = self._maps["processes"], ffi.new("unsigned char[]", self._process.size)
+        for key in self._keys(descriptor, "uint32_t"):
+            wanted = ffi.new("uint32_t *", key)
+            if lib.bpf_map_lookup_elem(descriptor, wanted, value) == 0:
+                start_ns, state, _ = self._process.unpack(ffi.buffer(value))
+                if start_ns and state == PROCESS_IGNORED:
+                    lib.bpf_map_delete_elem(descriptor, wanted)
+
+    @staticmethod
+    def _keys(descriptor: int, kind: str) -> list[int]:
+        """The keys of a map at this moment; one that changes meanwhile may be missed."""
+        key, following, keys = ffi.new(f"{kind} *"), ffi.new(f"{kind} *"), []
+        previous = ffi.NULL
+        while lib.bpf_map_get_next_key(descriptor, previous, following) == 0:
+            key[0] = following[0]
+            keys.append(key[0])
+            previous = key
+            if len(keys) > 1 << 20:  # a map that changes under the walk may lead it in a circle
+                break
+        return keys
+
+    def _set(self, name: str, value: int) -> None:
+        pointer = self._settings.get(name)
+        if pointer is None:
+            section = ".bss" if name in _ZERO_AT_FIRST else ".data"
+            pointer = self._settings[name] = ffi.cast("uint64_t *", self._variable(section, name, 8))
+        pointer[0] = value
 
     def _describe(self, name: str) -> str:
         text = ffi.new("char[]", 16384)
@@ -311,7 +369,7 @@ class Capture:
 
     def _variable(self, section: str, name: str, size: int):
         # .rodata is set before loading, in libbpf's memory; .bss is shared with the loaded programs.
-        loaded = lib.bpf_map__fd(self._map(section)) if section == ".bss" else -1
+        loaded = lib.bpf_map__fd(self._map(section)) if section in (".bss", ".data") else -1
         pointer = lib.spanloom_variable(self._object, section.encode(), name.encode(), size, loaded)
         if pointer == ffi.NULL:
             raise SpanloomError(f"the BPF object has no {size}-byte variable {name} in {section}")

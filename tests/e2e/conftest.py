@@ -62,8 +62,9 @@ def agent(tmp_path: Path, collector: Collector) -> Iterator[AgentFactory]:
             ports: list[int] | tuple[int, ...] = (),
             settings: Mapping[str, Any] | None = None,
             environment: Mapping[str, str] | None = None,
+            config: Path | None = None,
         ) -> AgentProcess:
-            return stack.enter_context(AgentProcess(tmp_path, collector, ports, settings, environment))
+            return stack.enter_context(AgentProcess(tmp_path, collector, ports, settings, environment, config))
 
         yield start
 

@@ -110,6 +110,7 @@ class Source:
 
 class Sink:
     waiting = 0
+    unwanted = 0
 
     def __init__(self) -> None:
         self.spans: list[Span] = []

@@ -207,7 +207,7 @@ def test_run_passes_the_configuration_and_the_code(stage, monkeypatch):
     monkeypatch.setattr(os, "environ", {})
     calls = stage(agent, "runtime", "run", lambda: 7)
     assert cli.main(["run", "--set", "sampling.ratio=0.5", "--set", "sampling.ratio=0.25"]) == 7
-    assert calls == [((load(None, ["sampling.ratio=0.25"], {}),), {})]
+    assert calls == [((load(None, ["sampling.ratio=0.25"], {}), None), {})]
 
 
 def test_print_config_needs_no_runtime(stage, capsys, monkeypatch):

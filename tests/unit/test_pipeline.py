@@ -62,6 +62,7 @@ class Sink:
     def __init__(self) -> None:
         self.spans: list[Span] = []
         self.waiting = 0
+        self.unwanted = 0
         self.ticks = 0
         self.flushed = False
 

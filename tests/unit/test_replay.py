@@ -80,6 +80,7 @@ class Collected:
     """The sink."""
 
     waiting = 0
+    unwanted = 0
 
     def __init__(self) -> None:
         self.spans: list[Span] = []

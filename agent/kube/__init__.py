@@ -1,0 +1,1 @@
+"""Kubernetes: process -> container -> pod -> resource attributes, and which pods are traced."""

@@ -1,0 +1,98 @@
+"""One agent's connection to its cluster: the directory of pods, the watch that fills it, and events.
+
+In: the configuration and the environment of the agent's own pod. Out: a ``Cluster``, or None outside of one. Never:
+a wait, or an exception, because the API server is away: tracing goes on with what is known.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from agent.errors import ConfigError
+from agent.kube.directory import PodDirectory
+from agent.kube.select import PodRules
+from agent.telemetry import event
+
+if TYPE_CHECKING:
+    from agent.config import Config
+    from agent.kube.watch import PodWatcher
+
+_log = logging.getLogger("spanloom.kube")
+
+
+class Cluster:
+    """Watches the pods of one node. ``directory`` answers from the first moment on, with what is known by then."""
+
+    def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
+        """Raises ConfigError when this is no pod, or the name of the node is not known."""
+        # TLS and JSON over HTTP cost 8 MB: only where there is an API server.
+        from agent.kube.api import ApiClient, InClusterConfig
+        from agent.kube.watch import PodWatcher
+
+        node_name = config.kubernetes.node_name or environ.get("NODE_NAME", "")
+        if not node_name:
+            raise ConfigError(
+                "kubernetes.node_name: missing; set it, or the environment variable NODE_NAME from spec.nodeName"
+            )
+        self.directory = PodDirectory(
+            _rules(config),
+            node_name=node_name,
+            cluster_name=config.kubernetes.cluster_name or "",
+            use_labels=config.kubernetes.use_labels,
+        )
+        self.client = ApiClient(InClusterConfig.load(Path(config.kubernetes.service_account), environ))
+        self.watcher: PodWatcher = PodWatcher(self.client, node_name, self.directory.replace, self.directory.change)
+        self._own_pod = tuple(environ.get(name, "") for name in ("POD_NAMESPACE", "POD_NAME", "POD_UID"))
+
+    @classmethod
+    def of(cls, config: Config, environ: Mapping[str, str]) -> Cluster | None:
+        """The cluster that the configuration asks for; ``auto`` means: when this is a pod."""
+        enabled = config.kubernetes.enabled
+        if enabled == "off" or (enabled == "auto" and not environ.get("KUBERNETES_SERVICE_HOST")):
+            return None
+        return cls(config, environ)
+
+    def configure(self, config: Config) -> None:
+        """Describe and select pods by other settings from now on."""
+        self.directory.configure(
+            _rules(config),
+            cluster_name=config.kubernetes.cluster_name or "",
+            use_labels=config.kubernetes.use_labels,
+        )
+
+    def start(self) -> None:
+        """Begin to watch."""
+        self.watcher.start()
+
+    def stop(self) -> None:
+        """Stop watching; takes at most two seconds."""
+        self.watcher.stop(2.0)
+
+    def report(self, reason: str, message: str) -> None:
+        """Write an Event about the agent's own pod, without waiting for it; what prevents it is logged."""
+        namespace, name, uid = self._own_pod
+        if not namespace or not name:
+            return
+
+        def post() -> None:
+            error = self.client.post_event(namespace, name, uid, reason, message)
+            if error is not None:
+                event(_log, "kube_event_not_written", level=logging.WARNING, error=str(error))
+
+        threading.Thread(target=post, name="kube-event", daemon=True).start()
+
+
+def _rules(config: Config) -> PodRules:
+    rules = config.select.kubernetes
+    return PodRules(
+        rules.namespaces.include,
+        rules.namespaces.exclude,
+        rules.labels,
+        rules.containers.include,
+        rules.containers.exclude,
+        rules.annotation,
+    )

@@ -1,0 +1,216 @@
+"""The configuration file of a running agent changes: what is asked for happens soon, and nothing is lost or mixed."""
+
+from __future__ import annotations
+
+import json
+import signal
+import time
+from pathlib import Path
+
+import yaml
+
+from tests.collector import Collector
+from tests.e2e import servers
+from tests.e2e.harness import AgentProcess, curl, free_port, one, wait_until
+
+APPLIED_SECONDS = 2.0
+"""What the agent promises."""
+
+
+class MountedFile:
+    """A configuration file as the kubelet mounts it: a symlink through ``..data``, which is swapped."""
+
+    def __init__(self, directory: Path, config: dict) -> None:
+        directory.mkdir()
+        self._directory = directory
+        self._count = 0
+        self.path = directory / "spanloom.yaml"
+        self.write(config)
+        self.path.symlink_to("..data/spanloom.yaml")
+
+    def write(self, config: dict | str) -> None:
+        """Replace the content at one stroke."""
+        self._count += 1
+        version = self._directory / f"..{self._count}"
+        version.mkdir()
+        (version / "spanloom.yaml").write_text(config if isinstance(config, str) else yaml.safe_dump(config))
+        link = self._directory / "..data_tmp"
+        link.symlink_to(version.name)
+        link.rename(self._directory / "..data")
+
+
+def events(tracing: AgentProcess, name: str) -> list[dict]:
+    found = (json.loads(line) for line in tracing.stderr().splitlines())
+    return [event for event in found if event["event"] == name]
+
+
+def change(tracing: AgentProcess, file: MountedFile, config: dict | str, event: str = "config_applied") -> dict:
+    """Write the file and wait until the agent says what became of it; not longer than promised, and a little more."""
+    count = len(events(tracing, event))
+    file.write(config)
+    began = time.monotonic()
+    wait_until(lambda: len(events(tracing, event)) > count, f"the agent says {event}:\n{tracing.stderr()[-2000:]}", 10)
+    assert time.monotonic() - began < APPLIED_SECONDS + 1.0  # a loaded machine
+    return events(tracing, event)[-1]
+
+
+def test_selection_follows_the_file(agent, serve, public_path: Path, tmp_path: Path):
+    """Programs and ports are taken out and in again; connections that were passed over are looked at again."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([port], config=file.path)
+    url = f"http://127.0.0.1:{port}/status/200"
+    selections: list[tuple[dict, set[str]]] = [
+        ({}, {"SERVER", "CLIENT"}),
+        ({"select": {"executables": {"exclude": ["nginx"]}}}, {"CLIENT"}),
+        ({"select": {"executables": {"include": ["nginx"]}}}, {"SERVER"}),
+        ({"select": {"host": False}}, set()),
+        ({}, {"SERVER", "CLIENT"}),
+    ]
+    for number, (config, kinds) in enumerate(selections):
+        if number:
+            change(tracing, file, config)
+        curl("-o", "/dev/null", f"{url}?number={number}")
+        wait_until(lambda number=number, kinds=kinds: kinds <= _kinds(tracing, number), f"{kinds} for {number}")
+        tracing.settle()
+        assert _kinds(tracing, number) == kinds
+
+
+def _kinds(tracing: AgentProcess, number: int) -> set[str]:
+    return {
+        span.kind
+        for span in tracing.collector.spans()
+        if f"number={number}" in str(span.attributes.get("url.query") or span.attributes.get("url.full"))
+    }
+
+
+def test_ports_follow_the_file(tmp_path: Path, collector: Collector, serve, public_path: Path):
+    """On connections that are kept open, too."""
+    import socket
+
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {"select": {"ports": {"include": [free_port()]}}})
+    tracing = AgentProcess(tmp_path, collector, config=file.path)
+    del tracing.settings["select.ports.include"]
+    with tracing, socket.create_connection(("127.0.0.1", port), timeout=30) as connection:
+
+        def ask(number: int) -> None:
+            connection.sendall(b"GET /status/204?number=%d HTTP/1.1\r\nHost: x\r\n\r\n" % number)
+            assert connection.recv(4096).startswith(b"HTTP/1.1 204")
+
+        ask(0)
+        change(tracing, file, {"select": {"ports": {"include": [port]}}})
+        ask(1)
+        ask(2)
+        wait_until(lambda: _kinds(tracing, 1) and _kinds(tracing, 2), "spans of the selected port")
+        change(tracing, file, {"select": {"ports": {"include": [free_port()]}}})
+        ask(3)
+        ask(4)
+        tracing.settle()
+    # The exchange that was open when the port went out of the selection is still told of: it had begun.
+    assert not _kinds(tracing, 0)
+    assert not _kinds(tracing, 4)
+
+
+def test_spans_go_where_the_file_says(agent, serve, public_path: Path, tmp_path: Path, collector: Collector):
+    """Another endpoint: what came before is at the old one, what comes after at the new one; nothing is lost."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    url = f"http://127.0.0.1:{port}/status/200"
+    with Collector() as other:
+        file = MountedFile(tmp_path / "mounted", {"export": {"otlp": {"endpoint": collector.endpoint}}})
+        tracing = AgentProcess(tmp_path, None, [port], {"export.console": "off"}, config=file.path)
+        tracing.collector = collector
+        with tracing:
+            curl("-o", "/dev/null", f"{url}?number=[1-20]")
+            change(tracing, file, {"export": {"otlp": {"endpoint": other.endpoint}}})
+            curl("-o", "/dev/null", f"{url}?number=[21-40]")
+            wait_until(lambda: collector.span_count + other.span_count == 80, "all spans are somewhere")
+        assert other.span_count >= 40
+
+
+def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: Path):
+    """30 changes during a run of wrk lose no span, and no span was made half by one configuration, half by another."""
+    port = free_port()
+    process = serve(servers.python_threads(port, public_path), port)
+
+    def config(number: int) -> dict:
+        return {
+            "routes": {"patterns": [f"/{'{kind}' if number % 2 else '{thing}'}/{{status}}"]},
+            "capture": {"request_headers": ["x-odd" if number % 2 else "x-even"]},
+        }
+
+    file = MountedFile(tmp_path / "mounted", config(0))
+    tracing = agent([port], config=file.path, settings={"select.executables.exclude": ["wrk"]})
+    wrk = ["wrk", "-t1", "-c8", "-d120s", "-H", "x-odd: yes", "-H", "x-even: yes"]
+    load = start([*wrk, f"http://127.0.0.1:{port}/status/200?sleep=0.05"])
+    for number in range(1, 31):
+        changed = change(tracing, file, config(number))
+        assert set(changed["changed"]) == {"routes.patterns", "capture.request_headers"}
+        assert changed["needs_restart"] == []
+    load.popen.send_signal(signal.SIGINT)
+    load.popen.wait(20)
+    books = tracing.settle(30)
+    assert books.dropped.keys() <= {"not_selected"}  # what wrk did before it was known to be left out
+    assert books.in_flight == 0
+    assert process.stop() == 0, process.output()
+    account = json.loads((public_path / f"python-{port}.json").read_text())
+    served = tracing.spans(port, "SERVER")
+    assert len(served) == len(account) > 1000
+    seen = set()
+    for span in served:
+        route = span.attributes["http.route"]
+        odd = "http.request.header.x-odd" in span.attributes
+        assert odd != ("http.request.header.x-even" in span.attributes)
+        assert route == ("/{kind}/{status}" if odd else "/{thing}/{status}")
+        assert span.name == f"GET {route}"
+        seen.add(odd)
+    assert seen == {True, False}
+
+
+def test_what_is_wrong_changes_nothing(agent, serve, public_path: Path, tmp_path: Path):
+    """Each bad file is refused once with its key and reason; the last good configuration stays; a good one follows."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    good = {"routes": {"patterns": ["/status/{code}"]}}
+    file = MountedFile(tmp_path / "mounted", good)
+    tracing = agent([port], config=file.path)
+    tracing.expects_errors = True
+    wrong: list[tuple[dict | str, str]] = [
+        ({"routes": {"patterns": "x"}}, "routes.patterns"),
+        ({"rotues": {}}, "routes"),
+        ({"sampling": {"ratio": 2}}, "sampling.ratio"),
+        ({"capture": {"request_headers": ["authorization"]}}, "capture.request_headers"),
+        ({"export": {"otlp": {"endpoint": "nonsense:"}}}, "export.otlp.endpoint"),
+        ({"select": {"ports": {"include": [70000]}}}, "select.ports.include"),
+        ({"kernel": {"ring_buffer_bytes": 1000}}, "kernel.ring_buffer_bytes"),
+        ("a: [", "not valid YAML"),
+        ("- a list\n", ""),
+        ({"select": {"kubernetes": {"labels": "a in ("}}}, "select.kubernetes.labels"),
+    ]
+    for number, (config, words) in enumerate(wrong):
+        refused = change(tracing, file, config, "config_refused")
+        assert words in refused["message"]
+        assert tracing.metrics()["spanloom_config_last_reload_successful"] == 0
+        curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number={number}")
+    time.sleep(1.5)
+    assert len(events(tracing, "config_refused")) == len(wrong)
+    assert not events(tracing, "config_applied")
+    change(tracing, file, good | {"resource": {"attributes": {"team": "blue"}}})
+    assert tracing.metrics()["spanloom_config_last_reload_successful"] == 1
+    curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=99")
+    spans = tracing.exact_spans(2 * len(wrong) + 2, port=port)
+    assert {span.name for span in spans if span.kind == "SERVER"} == {"GET /status/{code}"}
+    last = one(span for span in spans if span.attributes.get("url.query") == "number=99")
+    assert last.resource["team"] == "blue"
+
+
+def test_what_cannot_change_says_so(agent, tmp_path: Path):
+    """It is named in the log, and the rest of the change is applied."""
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([free_port()], config=file.path)
+    applied = change(tracing, file, {"limits": {"connections": 1000}, "sampling": {"ratio": 0.5}})
+    assert set(applied["changed"]) == {"limits.connections", "sampling.ratio"}
+    assert applied["needs_restart"] == ["limits.connections"]
