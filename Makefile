@@ -13,7 +13,7 @@ BIN       := .venv/bin
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Ibpf -I/usr/include/$(ARCH)-linux-gnu \
              -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror
 
-.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs clean
+.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart image clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -59,11 +59,18 @@ bench: setup .venv/.test-ready $(BENCH_OBJ) ## cost on this machine, as a table 
 	$(BIN)/python -m bench
 
 golden: .venv/.test-ready ## rewrite the expected outputs of the replay tests
-	$(BIN)/python -m pytest -q tests/unit/test_replay.py --golden
+	$(BIN)/python -m pytest -q tests/unit/test_replay.py tests/chart/test_render.py --golden
 
 docs: .venv/.test-ready ## regenerate the reference pages
 	$(BIN)/python -m agent.config_doc > docs/configuration.md
 	$(BIN)/python -m agent.metrics > docs/metrics.md
+	$(BIN)/python tools/chart.py
+
+chart: .venv/.test-ready ## render and check the Helm chart
+	$(BIN)/python -m pytest -q tests/chart
+
+image: ## build the container image with docker or buildah
+	tools/image.sh
 
 clean: ## remove everything that was built
 	rm -rf .venv build *.egg-info agent/kernel/*.bpf.o agent/kernel/*.so bench/*.bpf.o

@@ -1,0 +1,1 @@
+"""The Helm chart: what the real Helm engine makes of it."""
