@@ -55,6 +55,9 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
+_Decision = tuple[int, tuple[int, int], bool, list[Callable[[Exchange], Call]]]
+
+
 class Books(msgspec.Struct, frozen=True, kw_only=True):
     """``begun = handed_over + sampled_out + sum(dropped.values()) + in_flight`` holds exactly.
 
@@ -107,6 +110,7 @@ class Pipeline:
         stitcher: Stitcher,
         sinks: Sequence[Sink],
         on_process: Callable[[ProcessInfo], None] = lambda info: None,
+        protocols_of: Callable[[ProcessInfo], Sequence[ExchangeProtocol] | None] = lambda info: None,
         max_pending: int = 32768,
         max_processes: int = 16384,
         pending_timeout_ns: int = 660_000_000_000,
@@ -118,7 +122,6 @@ class Pipeline:
         self._source = source
         self._decoder = decoder
         self._parsers = [protocol.parse for protocol in protocols]
-        self._parse_first = self._parsers[0]
         self._processes = processes
         self._selector = selector
         self._stitcher = stitcher
@@ -127,8 +130,9 @@ class Pipeline:
         self._max_pending = max_pending
         self._max_processes = max_processes
         self._pending_timeout_ns = pending_timeout_ns
-        # By process id: start time, key, whether it is selected. The key is one object for all exchanges of a process.
-        self._decided: dict[int, tuple[int, tuple[int, int], bool]] = {}
+        # By process id: start time, key, whether it is selected, the parsers. The key is one object for all exchanges.
+        self._decided: dict[int, _Decision] = {}
+        self._protocols_of = protocols_of
         # Exchanges of the batch at hand that have ended and are not placed yet, in the kernel's order.
         self._ready: list[tuple[Exchange, Call, tuple[int, int]]] = []
         # Exchanges reported before their end, by id, oldest first; and which of them a connection has.
@@ -290,7 +294,7 @@ class Pipeline:
             self._on_reported(exchange, bool(is_first))
             return
         try:
-            self._ready.append((exchange, self._parse_first(exchange), decided[1]))
+            self._ready.append((exchange, decided[3][0](exchange), decided[1]))
         except ProtocolError:
             self._finish(exchange)
 
@@ -355,7 +359,8 @@ class Pipeline:
     def _parse(self, exchange: Exchange, provisional: bool = False) -> Call | None:
         """Ask the protocols in order. The reason of the last one counts, unless a later record may do better."""
         reason = "no_protocol"
-        for parse in self._parsers:
+        decided = self._decided.get(exchange.tgid)
+        for parse in decided[3] if decided is not None else self._parsers:
             try:
                 return parse(exchange)
             except ProtocolError as error:
@@ -451,7 +456,6 @@ class Pipeline:
     def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
         """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
         self._parsers = [protocol.parse for protocol in protocols]
-        self._parse_first = self._parsers[0]
         self._selector = selector
         self._decided.clear()
 
@@ -461,11 +465,13 @@ class Pipeline:
         self._unwanted += sum(sink.unwanted for sink in old)
         return old
 
-    def _decide(self, info: ProcessInfo) -> tuple[int, tuple[int, int], bool]:
+    def _decide(self, info: ProcessInfo) -> _Decision:
         selected = self._selector.selects(info)
+        special = self._protocols_of(info)
+        parsers = self._parsers if special is None else [protocol.parse for protocol in special]
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
-        decided = self._decided[info.key[0]] = (info.key[1], info.key, selected)
+        decided = self._decided[info.key[0]] = (info.key[1], info.key, selected, parsers)
         if info.is_placed or not selected:  # what is not known yet is captured all the same
             self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
         self._on_process(info)

@@ -29,8 +29,10 @@ from agent.model import Span
 from agent.otlp.batch import Batcher, Subject
 from agent.otlp.exporter import OtlpExporter
 from agent.otlp.settings import ExporterSettings
+from agent.overrides import Override, active, matches, next_end, parse_override
+from agent.overrides import apply as apply_override
 from agent.pipeline import ExchangeProtocol, Pipeline, Sink
-from agent.process import ProcessTable, Selector
+from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.propagation import Extractor
 from agent.protocols import PROTOCOLS
 from agent.sampling import Sampler
@@ -116,13 +118,67 @@ class Agent:
             selector=self.selector,
             stitcher=self.stitcher,
             sinks=self._sinks(config),
-            on_process=lambda info: self.batcher.forget_resource(info.key) if self.batcher else None,
+            on_process=self._on_process,
+            protocols_of=self._protocols_apart,
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
+        self._follow_overrides(time.time_ns(), begin=True)
         self.telemetry = Telemetry(metric_sources(self), is_ready=self.is_ready, is_healthy=self.is_healthy)
+
+    # -- overrides: some processes have settings of their own for a time
+
+    def _follow_overrides(self, now_unix_ns: int, begin: bool = False) -> None:
+        """Take up those of the configuration (``begin``), or go on without those that have ended."""
+        if begin:
+            self._overrides = tuple(
+                parse_override(raw, f"overrides[{index}]") for index, raw in enumerate(self.config.overrides)
+            )
+        elif self._override_end is None or now_unix_ns < self._override_end:
+            return
+        self._overrides = active(self._overrides, now_unix_ns)
+        self._override_end = next_end(self._overrides, now_unix_ns)
+        self._apart: dict[tuple[Override, ...], tuple[list[ExchangeProtocol], Sampler]] = {}
+        if not begin:
+            event(_log, "override_ended", left=len(self._overrides))
+            self.pipeline.reconfigure(self._protocols(self.config), self.selector)
+
+    def _overrides_of(self, info: ProcessInfo) -> tuple[Override, ...]:
+        if not self._overrides:
+            return ()
+        facts = dict(info.placement.facts) if info.placement is not None else {}
+        facts |= {
+            "executable": info.executable_name,
+            "executable_path": info.executable_path,
+            "service": info.service_name,
+        }
+        return tuple(override for override in self._overrides if matches(override, facts))
+
+    def _settings_apart(self, info: ProcessInfo) -> tuple[list[ExchangeProtocol], Sampler] | None:
+        """Protocols and sampler of a process that overrides match, made once per combination of overrides."""
+        matching = self._overrides_of(info)
+        if not matching:
+            return None
+        found = self._apart.get(matching)
+        if found is None:
+            config = self.config
+            for override in matching:
+                config = apply_override(config, override)
+            sampler = Sampler(config.sampling.ratio, config.sampling.parent_based)
+            found = self._apart[matching] = self._protocols(config), sampler
+        return found
+
+    def _protocols_apart(self, info: ProcessInfo) -> list[ExchangeProtocol] | None:
+        apart = self._settings_apart(info)
+        return apart[0] if apart is not None else None
+
+    def _on_process(self, info: ProcessInfo) -> None:
+        apart = self._settings_apart(info)
+        self.stitcher.sample_apart(info.key, apart[1] if apart is not None else None)
+        if self.batcher is not None:
+            self.batcher.forget_resource(info.key)
 
     def _protocols(self, config: Config) -> list[ExchangeProtocol]:
         return [
@@ -184,6 +240,7 @@ class Agent:
         if old.resource != config.resource:
             self.processes.describe_with(tuple(config.resource.attributes.items()))
         self.selector = _selector(config)
+        self._follow_overrides(time.time_ns(), begin=True)
         self.pipeline.reconfigure(self._protocols(config), self.selector)
         if old.select.ports != config.select.ports:
             self.capture.select_ports(config.select.ports.include, config.select.ports.exclude)
@@ -244,6 +301,7 @@ class Agent:
             now_ns = time.monotonic_ns()
             self._follow_pods()
             self._follow_file()
+            self._follow_overrides(time.time_ns())
             self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
             if now_ns >= next_sweep_ns:
                 self.pipeline.sweep(now_ns)

@@ -90,6 +90,7 @@ class Stitcher:
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._keeps = sampler.keeps
+        self._apart: dict[ProcessKey, Callable[[bytes, bool | None], bool]] = {}
         self._threads_interleave = threads_interleave
         self._hold_ns = hold_ns
         self._hold_spans = hold_spans
@@ -127,8 +128,18 @@ class Stitcher:
     def reconfigure(self, sampler: Sampler, *, hold_ns: int, hold_spans: int) -> None:
         """Decide otherwise about traces that are not known yet, and wait otherwise, from now on."""
         self._keeps = sampler.keeps
+        self._apart.clear()
         self._hold_ns = hold_ns
         self._hold_spans = hold_spans
+
+    def sample_apart(self, process: ProcessKey, sampler: Sampler | None) -> None:
+        """Let a sampler of its own decide about the traces that begin in a process; None: no longer."""
+        if sampler is None:
+            self._apart.pop(process, None)
+        else:
+            if len(self._apart) >= self._PROCESSES:
+                self._apart.clear()
+            self._apart[process] = sampler.keeps
 
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
     _GENERATION_NODES = 50_000
@@ -269,7 +280,8 @@ class Stitcher:
                 self._follow(node, node.target_id)
             elif context is not None and node.finished:
                 # _place_by_header() and _place() for the most frequent case: nobody can be waiting for this node yet.
-                sampled = self._keeps(context.trace_id, context.sampled)
+                keeps = self._apart.get(node.process, self._keeps) if self._apart else self._keeps
+                sampled = keeps(context.trace_id, context.sampled)
                 node.trace = (
                     context if sampled is context.sampled else _Trace(context.trace_id, sampled, context.trace_state)
                 )
@@ -420,7 +432,7 @@ class Stitcher:
                 candidates = [served]
             elif len(candidates) > 1 and node.request_id:
                 candidates = [one for one in candidates if one.request_id == node.request_id] or candidates
-            return self._settle_in_one_of(node, candidates, method, self._trace_of(context))
+            return self._settle_in_one_of(node, candidates, method, self._trace_of(node, context))
         links = ()
         if served is not None and served.trace.trace_id != context.trace_id:
             trace = served.trace
@@ -433,8 +445,7 @@ class Stitcher:
         if not candidates:
             self._place_by_header(node)
             return None
-        trace_id = self._new_trace_id()
-        return self._settle_in_one_of(node, candidates, "request_id", _Trace(trace_id, self._keeps(trace_id, None), ""))
+        return self._settle_in_one_of(node, candidates, "request_id", self._new_trace(node))
 
     def _settle_in_one_of(
         self, node: _Node, candidates: list[_Node], method: str, otherwise: _Trace | TraceContext
@@ -461,17 +472,20 @@ class Stitcher:
                     known[one.exchange_id] = one
         return list(known.values())
 
-    def _trace_of(self, context: TraceContext) -> _Trace | TraceContext:
-        sampled = self._keeps(context.trace_id, context.sampled)
+    def _trace_of(self, node: _Node, context: TraceContext) -> _Trace | TraceContext:
+        sampled = self._apart.get(node.process, self._keeps)(context.trace_id, context.sampled)
         return context if sampled is context.sampled else _Trace(context.trace_id, sampled, context.trace_state)
 
     def _place_by_header(self, node: _Node, links: tuple[SpanLink, ...] = ()) -> None:
         context = node.context
         if context is None:
-            trace_id = self._new_trace_id()
-            self._place(node, _Trace(trace_id, self._keeps(trace_id, None), ""), b"", "", links)
+            self._place(node, self._new_trace(node), b"", "", links)
         else:
-            self._place(node, self._trace_of(context), context.span_id or b"", "header", links)
+            self._place(node, self._trace_of(node, context), context.span_id or b"", "header", links)
+
+    def _new_trace(self, node: _Node) -> _Trace:
+        trace_id = self._new_trace_id()
+        return _Trace(trace_id, self._apart.get(node.process, self._keeps)(trace_id, None), "")
 
     def _new_trace_id(self) -> bytes:
         position = self._random_position

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
@@ -214,3 +215,32 @@ def test_what_cannot_change_says_so(agent, tmp_path: Path):
     applied = change(tracing, file, {"limits": {"connections": 1000}, "sampling": {"ratio": 0.5}})
     assert set(applied["changed"]) == {"limits.connections", "sampling.ratio"}
     assert applied["needs_restart"] == ["limits.connections"]
+
+
+def test_an_override_ends_by_itself(agent, serve, public_path: Path, tmp_path: Path):
+    """What matches has other settings until the moment comes; everything else has not."""
+    ports = [free_port(), free_port()]
+    serve(servers.nginx(ports[0], public_path), ports[0])
+    serve(servers.python_threads(ports[1], public_path), ports[1])
+    file = MountedFile(tmp_path / "mounted", {"sampling": {"ratio": 0.0}})
+    # Whoever begins a trace decides about it: without the client those are the servers.
+    tracing = agent(ports, {"select.executables.exclude": ["curl"]}, config=file.path)
+    until = datetime.now(UTC) + timedelta(seconds=6)
+    override = {
+        "until": until.isoformat(),
+        "match": {"executable": "nginx"},
+        "set": {"sampling": {"ratio": 1.0}, "routes": {"patterns": ["/status/{code}"]}},
+    }
+    change(tracing, file, {"sampling": {"ratio": 0.0}, "overrides": [override]})
+    for port in ports:
+        curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200")
+    [span] = tracing.wait_for_spans(1, port=ports[0], kind="SERVER")
+    assert span.name == "GET /status/{code}"
+    wait_until(lambda: events(tracing, "override_ended"), "the end of the override", 20)
+    assert datetime.now(UTC) >= until
+    for port in ports:
+        curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200")
+    books = tracing.settle()
+    assert len(tracing.spans(ports[0], "SERVER")) == 1
+    assert not tracing.spans(ports[1], "SERVER")
+    assert books.closed

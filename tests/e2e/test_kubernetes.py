@@ -1,0 +1,258 @@
+"""The agent in a cluster: processes in cgroups as container runtimes name them, and a real HTTPS API server.
+
+The server is tests/apiserver.py; the agent runs in its in-cluster mode with a mounted service account.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import secrets
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
+from pathlib import Path
+
+import pytest
+
+from tests.apiserver import ApiServer, make_pod
+from tests.collector import CollectedSpan, Collector
+from tests.e2e import servers
+from tests.e2e.harness import AgentProcess, curl, free_port, one, wait_until
+from tests.e2e.servers import Server
+from tests.e2e.test_live import MountedFile, change
+
+NODE = "node-a"
+_ROOTS = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
+
+
+class Container:
+    """A container of a pod: its cgroup, as containerd with systemd names it, and what runs in it."""
+
+    def __init__(self, uid: str) -> None:
+        self.id = secrets.token_hex(32)
+        root = next(path for path in _ROOTS if (path / "cgroup.procs").exists())
+        pod = f"kubepods-burstable-pod{uid.replace('-', '_')}.slice"
+        self.path = root / "kubepods.slice" / "kubepods-burstable.slice" / pod / f"cri-containerd-{self.id}.scope"
+        self.path.mkdir(parents=True)
+
+    def wrap(self, server: Server) -> Server:
+        """The same server, started in this container."""
+        enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
+        return dataclasses.replace(server, arguments=[*enter, *server.arguments])
+
+    def remove(self) -> None:
+        """Remove the cgroup and those above it that are empty."""
+        path = self.path
+        with suppress(OSError):
+            for _ in range(4):
+                path.rmdir()
+                path = path.parent
+
+
+@pytest.fixture
+def containers() -> Iterator[Callable[[str], Container]]:
+    """Makes containers: ``containers(pod_uid)``. Requested before ``serve``, so that they are empty at the end."""
+    made: list[Container] = []
+
+    def make(uid: str) -> Container:
+        made.append(Container(uid))
+        return made[-1]
+
+    yield make
+    for container in made:
+        wait_until(lambda container=container: not (container.path / "cgroup.procs").read_text(), "an empty cgroup")
+        container.remove()
+
+
+@pytest.fixture
+def api(tmp_path: Path) -> Iterator[ApiServer]:
+    with ApiServer() as server:
+        server.write_service_account(tmp_path / "account")
+        yield server
+
+
+@pytest.fixture
+def in_cluster(tmp_path: Path, collector: Collector, api: ApiServer) -> Iterator[Callable[..., AgentProcess]]:
+    """Starts agents in a pod of their own on the node."""
+    with ExitStack() as stack:
+
+        def start(ports: list[int], settings: dict | None = None, config: Path | None = None) -> AgentProcess:
+            chosen = {"kubernetes.service_account": str(tmp_path / "account"), "kubernetes.cluster_name": "test"}
+            pod = {"POD_NAMESPACE": "spanloom", "POD_NAME": "spanloom-x", "POD_UID": str(uuid.uuid4())}
+            environment = {**api.environ, "NODE_NAME": NODE, **pod}
+            return stack.enter_context(
+                AgentProcess(tmp_path, collector, ports, chosen | (settings or {}), environment, config)
+            )
+
+        yield start
+
+
+def ask(port: int, path: str = "/status/200") -> None:
+    assert curl("-o", "/dev/null", f"http://127.0.0.1:{port}{path}").returncode == 0
+
+
+def served(tracing: AgentProcess, port: int, count: int = 1) -> list[CollectedSpan]:
+    wait_until(
+        lambda: len(tracing.spans(port, "SERVER")) >= count, lambda: f"{count} spans:\n{tracing.stderr()[-3000:]}"
+    )
+    return tracing.spans(port, "SERVER")
+
+
+def test_a_process_is_described_by_its_pod(containers, api, in_cluster, serve, public_path: Path):
+    """All resource attributes of Kubernetes, and the names that the conventions derive from them."""
+    port, uid = free_port(), str(uuid.uuid4())
+    container = containers(uid)
+    api.put(
+        make_pod(
+            "cart-6d4cf56db6-x7k2p",
+            "shop",
+            NODE,
+            {"app": container.id},
+            uid=uid,
+            owner=("ReplicaSet", "cart-6d4cf56db6"),
+            annotations={"resource.opentelemetry.io/team": "blue"},
+        )
+    )
+    tracing = in_cluster([port])
+    serve(container.wrap(servers.python_threads(port, public_path)), port)
+    ask(port)
+    span = one(served(tracing, port))
+    resource = span.resource
+    expected = {
+        "service.name": "cart",
+        "service.namespace": "shop",
+        "service.version": "1.4.2",
+        "service.instance.id": "shop.cart-6d4cf56db6-x7k2p.app",
+        "k8s.cluster.name": "test",
+        "k8s.node.name": NODE,
+        "k8s.namespace.name": "shop",
+        "k8s.pod.name": "cart-6d4cf56db6-x7k2p",
+        "k8s.pod.uid": uid,
+        "k8s.deployment.name": "cart",
+        "k8s.replicaset.name": "cart-6d4cf56db6",
+        "k8s.container.name": "app",
+        "container.id": container.id,
+        "container.image.name": "registry.example/shop/app",
+        "team": "blue",
+        "telemetry.sdk.language": "python",
+    }
+    assert {key: resource.get(key) for key in expected} == expected
+    assert resource["k8s.pod.start_time"]
+    # The client is a process of the host.
+    client = one(tracing.spans(port, "CLIENT"))
+    assert not [key for key in client.resource if key.startswith("k8s.")]
+    assert client.span_id == span.parent_span_id
+
+
+def test_a_pod_that_becomes_known_in_time(containers, api, in_cluster, serve, public_path: Path):
+    """The first request of a new pod waits for its metadata; nothing leaves without it."""
+    port, uid = free_port(), str(uuid.uuid4())
+    container = containers(uid)
+    tracing = in_cluster([port], {"kubernetes.wait_seconds": 10})
+    serve(container.wrap(servers.python_threads(port, public_path)), port)
+    ask(port)
+    wait_until(lambda: tracing.metrics().get("spanloom_kube_spans_held") == 1, "the span is held")
+    assert not tracing.spans(port, "SERVER")
+    api.put(make_pod("late", "shop", NODE, {"app": container.id}, uid=uid))
+    assert one(served(tracing, port)).resource["k8s.pod.name"] == "late"
+    assert tracing.metrics()["spanloom_kube_spans_without_pod_total"] == 0
+
+
+def test_an_api_server_that_is_away(containers, api, in_cluster, serve, public_path: Path):
+    """Tracing goes on; spans carry what is known, and everything once the server is there."""
+    port, uid = free_port(), str(uuid.uuid4())
+    container = containers(uid)
+    api.refuse_connections()
+    tracing = in_cluster([port], {"kubernetes.wait_seconds": 0.5})
+    serve(container.wrap(servers.python_threads(port, public_path)), port)
+    ask(port)
+    first = one(served(tracing, port))
+    assert (first.resource["k8s.pod.uid"], first.resource["container.id"]) == (uid, container.id)
+    assert "k8s.pod.name" not in first.resource
+    assert tracing.metrics()["spanloom_kube_spans_without_pod_total"] == 1
+    assert tracing.metrics()["spanloom_kube_connected"] == 0
+    api.put(make_pod("back", "shop", NODE, {"app": container.id}, uid=uid))
+    api.accept_connections()
+    wait_until(lambda: tracing.metrics()["spanloom_kube_pods"] == 1, "the pods are listed", 60)
+    ask(port)
+    assert served(tracing, port, 2)[-1].resource["k8s.pod.name"] == "back"
+
+
+def test_pods_are_selected(containers, api, in_cluster, serve, public_path: Path, tmp_path: Path):
+    """By the pod's own annotation, and by namespace, live; also for requests that came before the pod was known."""
+    ports = [free_port() for _ in range(3)]
+    file = MountedFile(tmp_path / "mounted", {"select": {"host": False}})
+    pods = []
+    tracing = in_cluster(ports, {"kubernetes.wait_seconds": 10}, file.path)
+    for port, (name, namespace, annotated) in zip(
+        ports,
+        (
+            ("wanted", "shop", {}),
+            ("unwanted", "shop", {"spanloom.io/trace": "false"}),
+            ("other", "bank", {}),
+        ),
+        strict=True,
+    ):
+        uid = str(uuid.uuid4())
+        container = containers(uid)
+        serve(container.wrap(servers.python_threads(port, public_path)), port)
+        ask(port)
+        pods.append(make_pod(name, namespace, NODE, {"app": container.id}, uid=uid, annotations=annotated))
+    for pod in pods:
+        api.put(pod)
+    assert one(served(tracing, ports[0])).resource["k8s.pod.name"] == "wanted"
+    assert one(served(tracing, ports[2])).resource["k8s.pod.name"] == "other"
+    change(tracing, file, {"select": {"host": False, "kubernetes": {"namespaces": {"exclude": ["bank"]}}}})
+    for port in ports:
+        ask(port, "/status/404")
+    assert len(served(tracing, ports[0], 2)) == 2
+    books = tracing.settle()
+    assert not tracing.spans(ports[1])
+    assert len(tracing.spans(ports[2])) == 1
+    assert not [span for span in tracing.collector.spans() if span.kind == "CLIENT"]
+    assert books.dropped.keys() <= {"not_selected"}
+    assert books.closed
+
+
+def test_an_invalid_file_is_an_event_of_the_pod(api, in_cluster, tmp_path: Path):
+    """`kubectl describe` shows what is wrong with it."""
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = in_cluster([free_port()], config=file.path)
+    tracing.expects_errors = True
+    change(tracing, file, {"sampling": {"ratio": 7}}, "config_refused")
+    wait_until(lambda: api.recorded_events, "an event")
+    event = api.recorded_events[0]
+    assert event["involvedObject"]["name"] == "spanloom-x"
+    assert event["reason"] == "ConfigRefused"
+    assert "sampling.ratio" in event["message"]
+
+
+def test_churn(containers, api, in_cluster, start, public_path: Path):
+    """Pods come and go, with short-lived processes in them: each span names its own pod and no other."""
+    server_port = free_port()
+    tracing = in_cluster([server_port], {"kubernetes.wait_seconds": 10})
+    start(servers.python_threads(server_port, public_path).arguments, port=server_port)
+    names: dict[str, str] = {}
+    program = "import sys, time, urllib.request;urllib.request.urlopen(sys.argv[1]).read();time.sleep(0.6)"
+    running = []
+    for number in range(40):
+        uid = str(uuid.uuid4())
+        container = containers(uid)
+        name = f"job-{number}"
+        names[str(number)] = name
+        api.put(make_pod(name, "churn", NODE, {"app": container.id}, uid=uid))
+        url = f"http://127.0.0.1:{server_port}/status/200?number={number}"
+        client = Server(arguments=["/usr/bin/python3", "-c", program, url], executable="python3", language="python")
+        running.append((start(container.wrap(client).arguments), name))
+        if len(running) > 8:
+            process, old = running.pop(0)
+            process.popen.wait(20)
+            api.delete("churn", old)
+        time.sleep(0.02)
+    wait_until(lambda: len(tracing.spans(server_port, "CLIENT")) >= 40, "40 spans", 40)
+    tracing.settle()
+    for span in tracing.spans(server_port, "CLIENT"):
+        number = str(span.attributes["url.full"]).rpartition("=")[2]
+        assert span.resource["k8s.pod.name"] == names.pop(number)
+    assert not names
