@@ -75,6 +75,9 @@ class Pods(Protocol):
     def container_of(self, cgroup: bytes) -> object | None:
         """The container that the text of ``/proc/<pid>/cgroup`` tells of; None outside of pods."""
 
+    def container_of_id(self, cgroup_id: int) -> object | None:
+        """The container whose cgroup has this id in the kernel; None outside of pods, and when it is gone."""
+
     def place(self, container: object, declared: Mapping[str, str]) -> Placement:
         """What is known now. ``declared`` is what the process says of itself, by attribute."""
 
@@ -143,6 +146,7 @@ class ProcessTable:
         self._max_processes = max(1, max_processes)
         self._version = version
         self._processes: dict[tuple[int, int], ProcessInfo] = {}
+        self._containers: dict[int, object | None] = {}
         self.vanished = 0
         self.evicted = 0
 
@@ -154,7 +158,7 @@ class ProcessTable:
         known = self._processes.get((seen.tgid, seen.start_ns))
         if known is not None and known.alive_when_seen and _is_named(known.executable_name, seen.executable):
             return known
-        return self._add(seen.tgid, seen.start_ns, seen.executable, seen.comm)
+        return self._add(seen.tgid, seen.start_ns, seen.executable, seen.comm, seen.cgroup_id)
 
     def get(self, key: tuple[int, int]) -> ProcessInfo | None:
         return self._processes.get(key)
@@ -167,15 +171,15 @@ class ProcessTable:
     def forget(self, key: tuple[int, int]) -> None:
         self._processes.pop(key, None)
 
-    def _add(self, tgid: int, start_ns: int, executable: str, comm: str) -> ProcessInfo:
+    def _add(self, tgid: int, start_ns: int, executable: str, comm: str, cgroup_id: int = 0) -> ProcessInfo:
         key = (tgid, start_ns)
         directory_fd = self._open_generation(key)
         if directory_fd is None:
             self.vanished += 1
-            info = self._describe(key, executable, comm, None)
+            info = self._describe(key, executable, comm, None, cgroup_id)
         else:
             try:
-                info = self._describe(key, executable, comm, directory_fd)
+                info = self._describe(key, executable, comm, directory_fd, cgroup_id)
             finally:
                 os.close(directory_fd)
         if key not in self._processes and len(self._processes) >= self._max_processes:
@@ -229,13 +233,16 @@ class ProcessTable:
         for key, info in list(self._processes.items()):
             self._processes[key] = self._compose(info, info.placement)
 
-    def _describe(self, key: tuple[int, int], executable: str, comm: str, directory_fd: int | None) -> ProcessInfo:
+    def _describe(
+        self, key: tuple[int, int], executable: str, comm: str, directory_fd: int | None, cgroup_id: int
+    ) -> ProcessInfo:
         path, command_line, unit = "", (), ""
         declared: dict[str, str] = {}
         container = None
         if directory_fd is None:
             name = executable
             language = _language_of_name(name)
+            container = self._container_of_id(cgroup_id)
         else:
             path = _executable_path(directory_fd)
             name = _base_name(path) or executable
@@ -244,7 +251,9 @@ class ProcessTable:
             cgroup = _read(directory_fd, "cgroup", _CGROUP_BYTES)
             unit = systemd_unit(cgroup)
             language = _language(directory_fd, name, command_line)
-            container = self._pods.container_of(cgroup) if self._pods is not None else None
+            if self._pods is not None:
+                container = self._pods.container_of(cgroup)
+                self._remember_container(cgroup_id, container)
         info = ProcessInfo(
             key=key,
             executable_name=name,
@@ -259,6 +268,21 @@ class ProcessTable:
         )
         placement = self._pods.place(container, declared) if container is not None else None
         return self._compose(info, placement, comm)
+
+    def _container_of_id(self, cgroup_id: int) -> object | None:
+        """The container of a process that has ended: others may have run in it, or its cgroup may still be there."""
+        if self._pods is None or not cgroup_id:
+            return None
+        if cgroup_id not in self._containers:
+            self._remember_container(cgroup_id, self._pods.container_of_id(cgroup_id))
+        return self._containers[cgroup_id]
+
+    def _remember_container(self, cgroup_id: int, container: object | None) -> None:
+        """Ids of cgroups are not used again (kernfs counts them up)."""
+        if cgroup_id:
+            if len(self._containers) >= self._max_processes:
+                self._containers.clear()
+            self._containers[cgroup_id] = container
 
     def _compose(self, info: ProcessInfo, placement: Placement | None, comm: str = "") -> ProcessInfo:
         """Put the resource together: the host's view, what the process declares, and above both what its pod says."""

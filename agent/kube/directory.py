@@ -8,13 +8,22 @@ One thread writes (the watch), one reads (the pipeline): see ``PodIndex``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 from agent.kube.cgroups import ContainerRef, container_of
 from agent.kube.pods import Pod, PodIndex, pod_attributes, read_pod
 from agent.kube.select import PodRules
 from agent.process import Placement
+
+CGROUP_ROOTS = tuple(
+    f"{prefix}/sys/fs/cgroup{suffix}" for prefix in ("/proc/1/root", "") for suffix in ("/unified", "")
+)
+"""Where cgroup v2 is mounted: as the host's first process sees it, and as this one does; beside v1, or alone."""
+
+_CGROUP_DEPTH = 8
 
 
 class PodDirectory:
@@ -23,7 +32,16 @@ class PodDirectory:
     ``generation`` changes whenever an answer of ``place`` may have changed.
     """
 
-    def __init__(self, rules: PodRules, *, node_name: str, cluster_name: str = "", use_labels: bool = False) -> None:
+    def __init__(
+        self,
+        rules: PodRules,
+        *,
+        node_name: str,
+        cluster_name: str = "",
+        use_labels: bool = False,
+        cgroup_roots: Sequence[str] = CGROUP_ROOTS,
+    ) -> None:
+        self._cgroup_roots = cgroup_roots
         self._index = PodIndex()
         self._node_name = node_name
         self._configured = 0
@@ -76,6 +94,22 @@ class PodDirectory:
         """The container of a pod; None for host processes, and for containers outside of Kubernetes."""
         found = container_of(cgroup.decode("utf-8", "replace"))
         return found if found is not None and (found.pod_uid or self._index.find(found) is not None) else None
+
+    def container_of_id(self, cgroup_id: int) -> ContainerRef | None:
+        """The container whose cgroup directory has this inode number, which is the kernel's id of it (cgroup v2).
+
+        Walks the host's hierarchy, as its first process sees it: for processes that ended before they were looked at.
+        """
+        for root in self._cgroup_roots:
+            for path, directories, _ in os.walk(root):
+                below = path[len(root) :]
+                if below.count("/") >= _CGROUP_DEPTH:
+                    directories.clear()
+                for name in directories:
+                    with suppress(OSError):
+                        if os.stat(f"{path}/{name}").st_ino == cgroup_id:
+                            return self.container_of(f"0::{below}/{name}".encode("utf-8", "surrogateescape"))
+        return None
 
     def place(self, container: ContainerRef, declared: Mapping[str, str]) -> Placement:
         """What is known of the container's pod at this moment."""

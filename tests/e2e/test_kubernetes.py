@@ -256,3 +256,22 @@ def test_churn(containers, api, in_cluster, start, public_path: Path):
         number = str(span.attributes["url.full"]).rpartition("=")[2]
         assert span.resource["k8s.pod.name"] == names.pop(number)
     assert not names
+
+
+def test_a_process_that_has_ended_already(containers, api, in_cluster, start, public_path: Path):
+    """Its container is told by the cgroup that the kernel saw it in: no pod's process passes for one of the host."""
+    port = free_port()
+    tracing = in_cluster([port], {"kubernetes.wait_seconds": 10, "select.host": False})
+    start(servers.python_threads(port, public_path).arguments, port=port)
+    uids = [str(uuid.uuid4()) for _ in range(8)]
+    for number, uid in enumerate(uids):
+        container = containers(uid)
+        api.put(make_pod(f"short-{number}", "shop", NODE, {"app": container.id}, uid=uid))
+        fetch = ["curl", "-q", "-s", "-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number={number}"]
+        command = container.wrap(Server(arguments=fetch, executable="curl", language="")).arguments
+        start(command).popen.wait(20)
+    wait_until(lambda: len(tracing.spans(port, "CLIENT")) == len(uids), lambda: tracing.state())
+    for span in tracing.spans(port, "CLIENT"):
+        number = str(span.attributes["url.full"]).rpartition("=")[2]
+        assert span.resource["k8s.pod.name"] == f"short-{number}"
+        assert span.resource["service.name"] == f"short-{number}"

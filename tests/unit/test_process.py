@@ -8,12 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.model import ProcessSeen
 from agent.process import (
+    Placement,
     ProcessInfo,
     ProcessTable,
     Selector,
@@ -520,3 +522,67 @@ def program(name: str, path: str = "", tgid: int = 42) -> ProcessInfo:
 def test_selection(include: list[str], exclude: list[str], info: ProcessInfo, selected: bool) -> None:
     """Globs on the name or the whole path, case-sensitive; exclude wins; never the agent itself."""
     assert Selector(include, exclude, own_tgid=1).selects(info) is selected
+
+
+class PodsByNumber:
+    """Pods of which only the numbers of their cgroups are known; counts what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+        self.known = False
+
+    def container_of(self, cgroup: bytes) -> object | None:
+        return "container" if b"kubepods" in cgroup else None
+
+    def container_of_id(self, cgroup_id: int) -> object | None:
+        self.asked.append(cgroup_id)
+        return "container" if cgroup_id == 7 else None
+
+    def place(self, container: object, declared: object) -> Placement:
+        return Placement(container, self.known, True, (("k8s.pod.name", "cart" if self.known else "?"),))
+
+
+def ended(pid: int, cgroup_id: int) -> ProcessSeen:
+    return ProcessSeen(pid, START_NS, cgroup_id, 0, 1, "curl", "curl")
+
+
+def test_a_process_that_has_ended_is_placed_by_its_cgroup(tmp_path: Path) -> None:
+    """Its directory is gone, the kernel's word is not; each number is asked for once."""
+    pods = PodsByNumber()
+    table = make_table(tmp_path, pods=pods)
+    for pid in (51, 52):
+        info = table.observe(ended(pid, 7))
+        assert info.placement is not None
+        assert not info.is_placed
+    assert table.observe(ended(53, 8)).placement is None
+    assert table.observe(ended(54, 0)).placement is None
+    assert pods.asked == [7, 8]
+
+
+def test_what_runs_tells_of_what_has_ended(tmp_path: Path) -> None:
+    """A cgroup that was read once need not be looked for."""
+    pods = PodsByNumber()
+    make_process(tmp_path, cgroup=b"0::/kubepods/x\n")
+    table = make_table(tmp_path, pods=pods)
+    table.observe(msgspec.structs.replace(seen(), cgroup_id=9))
+    assert table.observe(ended(51, 9)).placement is not None
+    assert pods.asked == []
+
+
+def test_processes_follow_what_becomes_known_of_their_pods(tmp_path: Path) -> None:
+    """Only those of which something is different are told of."""
+    pods = PodsByNumber()
+    make_process(tmp_path, cgroup=b"0::/kubepods/x\n")
+    make_process(tmp_path, 43)
+    table = make_table(tmp_path, pods=pods)
+    table.lookup(42, START_NS)
+    table.lookup(43, START_NS)
+    assert table.refresh() == []
+    pods.known = True
+    [info] = table.refresh()
+    assert info.key == (42, START_NS)
+    assert info.is_placed
+    assert dict(info.resource)["k8s.pod.name"] == "cart"
+    assert dict(info.resource)["process.executable.name"] == "nginx"
+    assert table.get((42, START_NS)) == info
+    assert table.refresh() == []
