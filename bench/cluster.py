@@ -1,7 +1,7 @@
 """What one agent asks of the API server, and what pods cost in memory: ``python -m bench.cluster``.
 
-Runs the real agent in its in-cluster mode against the tests' API server with a node full of pods, at rest and while they
-come and go. Bytes are those on the wire, TLS included.
+Runs the real agent in its in-cluster mode against the tests' API server with a node full of pods, at rest and while
+they come and go. Bytes are those on the wire, TLS included.
 """
 
 from __future__ import annotations
