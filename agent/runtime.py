@@ -79,6 +79,7 @@ class Agent:
 
     def __init__(self, config: Config, config_file: ConfigFile | None = None) -> None:
         self.config = config
+        self._started_with = config
         self.config_file = config_file
         self._stopping = False
         self._attached = False
@@ -324,7 +325,7 @@ class Agent:
             if self.cluster is not None:
                 self.cluster.report("ConfigRefused", outcome.message)
         elif isinstance(outcome, Loaded):
-            fixed = restart_needed(self.config, outcome.config)
+            fixed = restart_needed(self._started_with, outcome.config)
             event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
             if outcome.changed:
                 self.apply(outcome.config)
