@@ -50,10 +50,19 @@ class Cluster:
 
     @classmethod
     def of(cls, config: Config, environ: Mapping[str, str]) -> Cluster | None:
-        """The cluster that the configuration asks for; ``auto`` means: when this is a pod."""
+        """The cluster that the configuration asks for; ``auto``: when this pod has a node's name and an account."""
         enabled = config.kubernetes.enabled
-        if enabled == "off" or (enabled == "auto" and not environ.get("KUBERNETES_SERVICE_HOST")):
+        if enabled == "off":
             return None
+        if enabled == "auto":
+            if not environ.get("KUBERNETES_SERVICE_HOST"):
+                return None
+            try:
+                return cls(config, environ)
+            except ConfigError as error:
+                # A pod that was not given what the chart gives: it still traces the node's processes.
+                event(_log, "kubernetes_off", level=logging.WARNING, reason=str(error))
+                return None
         return cls(config, environ)
 
     def configure(self, config: Config) -> None:
