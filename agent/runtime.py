@@ -326,9 +326,9 @@ class Agent:
                 self.cluster.report("ConfigRefused", outcome.message)
         elif isinstance(outcome, Loaded):
             fixed = restart_needed(self._started_with, outcome.config)
-            event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
             if outcome.changed:
                 self.apply(outcome.config)
+            event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
 
     def close(self) -> None:
         """Stop capturing, export what is complete, release everything. Takes less than 5 s."""
