@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.collector import Collector
+from tests.e2e.edge import Edge, edge_of
 from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment
 from tests.e2e.servers import Server
 
@@ -104,3 +105,18 @@ def serve(start: Callable[..., Process]) -> Callable[..., Process]:
         return start(server.arguments, port=port, env=environment, cwd=server.cwd)
 
     return run
+
+
+@pytest.fixture(scope="module")
+def module_edge(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
+    """One agent and its scripted processes for all tests of a module."""
+    with edge_of(tmp_path_factory.mktemp(request.module.__name__.rpartition(".")[2])) as running:
+        yield running
+
+
+@pytest.fixture
+def edge(module_edge: Edge) -> Iterator[Edge]:
+    """The module's agent, as if it were new; the test leaves nothing behind in the kernel."""
+    module_edge.begin()
+    yield module_edge
+    module_edge.assert_forgotten()

@@ -7,11 +7,11 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import pytest
 
-from tests.e2e.edge import Edge, duration_ns, edge_of
+from tests.e2e.edge import Edge, duration_ns
 from tests.e2e.harness import curl
 from tests.e2e.scripted import (
     LOOPBACK,
@@ -31,19 +31,6 @@ from tests.e2e.scripted import (
 )
 
 MEGABYTE = 1 << 20
-
-
-@pytest.fixture(scope="module")
-def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    with edge_of(tmp_path_factory.mktemp("bodies")) as running:
-        yield running
-
-
-@pytest.fixture
-def edge(module_edge: Edge) -> Iterator[Edge]:
-    module_edge.begin()
-    yield module_edge
-    module_edge.assert_forgotten()
 
 
 # -- chunked

@@ -8,7 +8,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from urllib.parse import urlsplit
@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from tests.collector import CollectedSpan
-from tests.e2e.edge import Edge, edge_of, seen
+from tests.e2e.edge import Edge, seen
 from tests.e2e.harness import Process, clean_environment, wait_until
 from tests.e2e.scripted import (
     RECEIVING,
@@ -37,19 +37,6 @@ from tests.e2e.scripted import (
     send_all,
 )
 from tests.e2e.servers import nginx
-
-
-@pytest.fixture(scope="module")
-def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    with edge_of(tmp_path_factory.mktemp("connections")) as running:
-        yield running
-
-
-@pytest.fixture
-def edge(module_edge: Edge) -> Iterator[Edge]:
-    module_edge.begin()
-    yield module_edge
-    module_edge.assert_forgotten()
 
 
 def _turn(path: str, status: int = 200, **options: tuple[str, str]) -> Turn:

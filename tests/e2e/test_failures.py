@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.collector import Collector
-from tests.e2e.edge import Edge, Seen, duration_ns, edge_of, seen
+from tests.e2e.edge import Edge, Seen, duration_ns, seen
 from tests.e2e.harness import AgentProcess, free_port
 from tests.e2e.scripted import (
     Peer,
@@ -32,18 +32,12 @@ from tests.e2e.scripted import (
 )
 
 
-@pytest.fixture(scope="module")
-def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    with edge_of(tmp_path_factory.mktemp("failures")) as running:
-        yield running
-
-
 @pytest.fixture
-def edge(module_edge: Edge) -> Iterator[Edge]:
-    module_edge.begin()
-    yield module_edge
-    module_edge.assert_forgotten()
-    assert module_edge.agent.books().in_flight == 0
+def edge(edge: Edge) -> Iterator[Edge]:
+    """Nothing stays in flight either."""
+    yield edge
+    edge.assert_forgotten()
+    assert edge.agent.books().in_flight == 0
 
 
 _PATH = "/fails"

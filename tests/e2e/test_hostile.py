@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.edge import Edge, edge_of, seen
+from tests.e2e.edge import Edge, seen
 from tests.e2e.scripted import (
     Turn,
     accept,
@@ -27,12 +27,6 @@ from tests.e2e.scripted import (
 _TRACE_ID, _PARENT_ID = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 _TRACEPARENT = f"traceparent: 00-{_TRACE_ID}-{_PARENT_ID}-01"
 _KERNEL = "spanloom_kernel_events_total{event=%s}"
-
-
-@pytest.fixture(scope="module")
-def module_edge(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Edge]:
-    with edge_of(tmp_path_factory.mktemp("hostile")) as running:
-        yield running
 
 
 @pytest.fixture
