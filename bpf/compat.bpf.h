@@ -84,6 +84,16 @@ static __always_inline struct fdtable *current_fdtable(void)
 	return BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), files, fdt);
 }
 
+/* A cast that the verifier believes for reading, so that the fields of what embeds a sock are plain loads. Since 6.2
+ * (commit a35b9af4ec2c): only for programs that need a later kernel anyway.
+ */
+extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym __weak;
+
+static __always_inline struct tcp_sock *as_tcp(struct sock *sock)
+{
+	return bpf_rdonly_cast(sock, bpf_core_type_id_kernel(struct tcp_sock));
+}
+
 #define FDTABLE_FIELD(table, field) (HAS_TASK_BTF ? (table)->field : BPF_CORE_READ(table, field))
 
 /* Keeps the compiler from merging or reordering what the verifier must see as one bounded register. */

@@ -51,6 +51,24 @@ static __always_inline bool is_internet_tcp(struct sock *sock)
 	       (sock->__sk_common.skc_family == AF_INET || sock->__sk_common.skc_family == AF_INET6);
 }
 
+/* A send of the thread itself, in a system call that is not io_uring's. */
+static __always_inline bool is_write_call(struct task_struct *task)
+{
+	syscall_regs *regs = call_of(task);
+
+	if (!regs)
+		return false;
+	switch (SYSCALL_NR(regs)) {
+	case NR_write:
+	case NR_sendto:
+	case NR_writev:
+	case NR_sendmsg:
+	case NR_sendmmsg:
+		return true;
+	}
+	return false;
+}
+
 #define NOT_OFFERED (~0ULL)
 
 /* Why tcp_sendmsg_locked: outgoing bytes are complete in user memory here, and nothing of them has been sent. It is hit
@@ -63,7 +81,6 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	struct connection *connection;
 	struct transfer transfer = {};
 	struct process *process;
-	syscall_regs *regs;
 	struct send *send;
 	__u32 zero = 0;
 	__u8 kind;
@@ -74,28 +91,22 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	send->sock = (__u64)sock;
 	send->tid = pid_tgid;
 	send->offered = NOT_OFFERED;
-	regs = call_of(bpf_get_current_task_btf());
-	if (!regs)
-		return 0;
-	switch (SYSCALL_NR(regs)) { /* not io_uring: its reads are not seen */
-	case NR_write:
-	case NR_sendto:
-	case NR_writev:
-	case NR_sendmsg:
-	case NR_sendmmsg:
-		break;
-	default:
-		return 0;
-	}
-	transfer.length = message->msg_iter.count;
 	kind = message->msg_iter.iter_type;
 	if (kind != bpf_core_enum_value(enum iter_type, ITER_UBUF) &&
 	    kind != bpf_core_enum_value(enum iter_type, ITER_IOVEC))
 		return 0; /* what sendfile, splice and kTLS pass on */
-	send->offered = transfer.length;
+	transfer.length = message->msg_iter.count;
 	connection = connection_of(sock);
-	if (connection ? connection->mode == MODE_IGNORED && !connection->passed_over
-		       : !is_captured(pid_tgid, &process))
+	if (!connection) {
+		if (!is_captured(pid_tgid, &process)) {
+			send->offered = transfer.length;
+			return 0;
+		}
+		if (!is_write_call(bpf_get_current_task_btf()))
+			return 0; /* the reads of io_uring are not seen: half an exchange would be a lie */
+	}
+	send->offered = transfer.length;
+	if (connection && connection->mode == MODE_IGNORED && !connection->passed_over)
 		return 0;
 	if (kind == bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
 		transfer.buffer = (__u64)BPF_CORE_READ(message, msg_iter.ubuf) + message->msg_iter.iov_offset;
@@ -104,7 +115,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		transfer.iov_count = message->msg_iter.nr_segs;
 	}
 	simplify(&transfer);
-	transfer.sequence = BPF_CORE_READ((struct tcp_sock *)sock, write_seq);
+	transfer.sequence = as_tcp(sock)->write_seq;
 	on_transfer(connection, 0, 0, sock, &transfer, true, true, pid_tgid);
 	return 0;
 }
@@ -132,25 +143,23 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 	}
 	if (!moved || !capturing || !is_internet_tcp(sock))
 		return 0;
-	regs = call_of(bpf_get_current_task_btf());
-	if (!regs)
-		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
-	if (SYSCALL_NR(regs) == NR_sendfile || SYSCALL_NR(regs) == NR_splice) {
-		if (connection && moved > 0)
+	if (connection && connection->mode == MODE_EXCHANGE) {
+		if (connection->write_tid == (__u32)pid_tgid &&
+		    as_tcp(sock)->write_seq == connection->write_seq + (moved > 0 ? moved : 0))
+			settle_write(connection, moved, pid_tgid);
+		else if (!offered && moved > 0)
 			on_bodiless_bytes(connection, moved, true);
-		return 0;
-	}
-	if (connection && connection->mode == MODE_EXCHANGE && connection->write_tid == (__u32)pid_tgid &&
-	    BPF_CORE_READ((struct tcp_sock *)sock, write_seq) == connection->write_seq + (moved > 0 ? moved : 0)) {
-		settle_write(connection, moved, pid_tgid);
 		return 0;
 	}
 	if (moved < 0)
 		return 0;
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs)
+		return 0;
 	if (!connection) {
 		/* TCP fast open: the first bytes left with the connection's first packet. */
-		if (!offered)
+		if (!offered && SYSCALL_NR(regs) != NR_sendfile && SYSCALL_NR(regs) != NR_splice)
 			count(COUNTER_IGNORED_OTHER);
 	} else if (connection->mode == MODE_STREAM) {
 		transfer.length = moved; /* stream mode wants to know what was really sent */
@@ -160,8 +169,6 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 		} else {
 			on_bodiless_bytes(connection, moved, true);
 		}
-	} else if (!offered) {
-		on_bodiless_bytes(connection, moved, true);
 	}
 	return 0;
 }
@@ -211,7 +218,7 @@ int BPF_PROG(on_read, struct sock *sock)
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection)
 		return 0;
-	moved = BPF_CORE_READ((struct tcp_sock *)sock, copied_seq) - connection->received_seq;
+	moved = as_tcp(sock)->copied_seq - connection->received_seq;
 	if (moved && moved < 1U << 31) {
 		connection->received_seq += moved;
 		on_bodiless_bytes(connection, moved, false);
