@@ -72,6 +72,7 @@ class Flag(IntFlag):
     PROCESS_UNKNOWN = 64
     INTERIM = 128
     REQUEST_GAP = 256
+    FOREIGN = 512
 
 
 class Exchange(msgspec.Struct, frozen=True, gc=False):

@@ -40,6 +40,7 @@ enum exchange_flag {
 	FLAG_PROCESS_UNKNOWN = 1 << 6,    /* user space had not decided on the process when this one began */
 	FLAG_INTERIM = 1 << 7,            /* 1xx responses were seen and left out of the response bytes */
 	FLAG_REQUEST_GAP = 1 << 8,        /* request bytes are missing between the captured ones and what follows */
+	FLAG_FOREIGN = 1 << 9,            /* bytes came that begin no response: the rest of the one before, or no HTTP */
 };
 
 enum segment_direction {

@@ -875,6 +875,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	if (connection->state == STATE_RESPONSE && (looks & LOOKS_REQUEST)) {
 		/* Request bytes after an interim response only are a body (RFC 9110 section 15.2.1). */
 		finish(connection, END_NEXT, now);
+		connection->follows = 1;
 		starts = true;
 	} else if (starts && !(looks & LOOKS_REQUEST)) {
 		count(COUNTER_IGNORED_OTHER);
@@ -984,11 +985,17 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		int looks = look_behind(connection, transfer, before);
 
 		foreign = !(looks & LOOKS_RESPONSE);
-		if ((looks & LOOK_FAILED) || (foreign && !connection->reports)) {
+		if ((looks & LOOK_FAILED) || (foreign && (connection->follows || !connection->reports))) {
 			connection->data_length = before;
 			connection->write_tid = 0;
 			if (looks & LOOK_FAILED)
 				return;
+			if (connection->follows) {
+				/* A client that pipelines while a response is under way: this is more of that one. */
+				exchange->flags |= FLAG_FOREIGN;
+				count(COUNTER_RESPONSE_ALONE);
+				return;
+			}
 			abandon(connection, COUNTER_DROPPED_NOT_HTTP, now);
 			connection->mode = MODE_IGNORED;
 			return;

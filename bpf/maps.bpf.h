@@ -71,7 +71,8 @@ struct connection {
 	__u8 undo_tail_valid;
 	__u8 lingers; /* closed by TCP, but the process still has the socket and unread bytes in it */
 	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
-	__u8 _pad[6];
+	__u8 follows; /* the exchange began behind another response, which may go on */
+	__u8 _pad[5];
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
 };

@@ -20,7 +20,7 @@ from agent.errors import ProtocolError
 from agent.model import AttributeGroup, Attributes, Call, End, Exchange, Flag, Role, TraceContext
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
-from agent.protocols.http1_outcome import METHOD_MEANING, failure, is_whole
+from agent.protocols.http1_outcome import METHOD_MEANING, OVERLAPPED, failure, is_whole
 from agent.protocols.http1_syntax import Framing
 
 KNOWN_METHODS = frozenset(
@@ -39,7 +39,8 @@ REQUEST_ID_BYTES = 128
 """A longer x-request-id is cut: it is a key for joining, not data."""
 
 _SERVER = int(Role.SERVER)
-_QUIET, _HANDED_OVER = int(End.QUIET), int(End.HANDED_OVER)
+_QUIET, _NEXT, _HANDED_OVER = int(End.QUIET), int(End.NEXT), int(End.HANDED_OVER)
+_FOREIGN = int(Flag.FOREIGN)
 _REQUEST_CUT = int(Flag.REQUEST_TRUNCATED | Flag.REQUEST_GAP)
 _LENGTH, _UNKNOWN = Framing.LENGTH, Framing.UNKNOWN
 
@@ -58,7 +59,7 @@ _WholeAnswer = tuple[int, AttributeGroup, bool]
 """Content-Length, attributes of a response that reached it, whether the status is bad."""
 _Repeat = tuple[int, str, AttributeGroup, Memo, dict[bytes, _WholeAnswer], str]
 """Length and name, attributes of the request, the memo of peers and the answers that go with its role, tracestate."""
-_TRACEPARENT = b"traceparent: 00-"
+_TRACEPARENT = b"raceparent: 00-"  # as most send it, and as Go does: with a capital
 _TRACEPARENT_BYTES = 52
 """What differs from request to request: trace id, parent id and flags behind the version."""
 
@@ -132,11 +133,11 @@ class Http1:
         """Return the best knowledge of ``exchange``, provisional or final.
 
         ``Call.complete``: the response is whole by RFC 9112 section 6.3; of a final record it is False exactly when
-        ``error.type`` says what cut it short. Where the response head was cut at the capture limit and the length stays
+        ``error.type`` says what cut it short, or ``spanloom.response.overlapped`` that its end was not seen. Where the response head was cut at the capture limit and the length stays
         unknown, a provisional record is not complete, and a final one has the benefit of the doubt.
 
         Raises ProtocolError for what is not HTTP/1: no_request, incomplete_request, binary_head, bad_request_line,
-        bad_header, bad_status_line.
+        bad_header, bad_status_line, foreign_response (an exchange that ended, and was answered with other bytes only).
         """
         request = exchange.request
         before, mark, after = request.partition(self._mark)
@@ -162,8 +163,7 @@ class Http1:
             and exchange.request_bytes == len(request)
             and not call.request_id
             and not call.other_contexts
-            and (call.context.format == "tracecontext" if mark and call.context is not None else not mark)
-            and (call.context is None or mark)
+            and call.context == (self._context_of(after[:_TRACEPARENT_BYTES], _trace_state(call)) if mark else None)
         ):
             self._remember_repeat(key, len(request), exchange.role == _SERVER, call, is_forwarded)
         return call
@@ -178,7 +178,9 @@ class Http1:
         if not is_forwarded:
             others.add("client.address")
         group = AttributeGroup(
-            pair for pair in call.attributes if pair[0] not in others and not pair[0].startswith("http.response.")
+            pair
+            for pair in call.attributes
+            if pair[0] not in others and not pair[0].startswith(("http.response.", "spanloom.response."))
         )
         if _HEAD_TRUNCATED[0] in group:
             return
@@ -186,7 +188,7 @@ class Http1:
             self._repeats.clear()
         peers = self._client_peers if is_server and not is_forwarded else self._peers
         answers = self._whole_server_answers if is_server else self._whole_client_answers
-        self._repeats[key] = length, call.name, group, peers, answers, call.context.trace_state if call.context else ""
+        self._repeats[key] = length, call.name, group, peers, answers, _trace_state(call)
 
     def _peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
         peer, _, _ = self._addresses[key[0]]
@@ -261,6 +263,8 @@ class Http1:
         elif response:
             answer, response_head_bytes = self._read_answer(response, end, answers)
         else:
+            if flags & _FOREIGN and exchange.end > _NEXT:
+                raise ProtocolError("foreign_response")
             answer, response_head_bytes = _NO_ANSWER, 0
         status, framing, length, answered, error = answer
 
@@ -274,8 +278,9 @@ class Http1:
                     length = exchange.response_bytes - response_head_bytes
                 body = (*body, ("http.response.body.size", length))
         elif exchange.end > _QUIET and not error:
-            answered = (*answered, failure(exchange.role, exchange.end, flags))
-            error = True
+            cause = failure(exchange.role, exchange.end, flags)
+            answered = (*answered, cause)
+            error = cause is not OVERLAPPED
 
         port = (self._ports[exchange.remote_port],) if peer else ()
         agent = self._agents[agent] if agent is not None else ()
@@ -490,6 +495,10 @@ def _peer_pairs(address: bytes) -> tuple[Attributes, Attributes, str]:
     else:
         shown = inet_ntop(AF_INET6, address)
     return (("network.peer.address", shown),), (("client.address", shown),), shown
+
+
+def _trace_state(call: Call) -> str:
+    return call.context.trace_state if call.context is not None else ""
 
 
 def _request_body_size(fields: _Fields, body_bytes: int) -> Attributes:

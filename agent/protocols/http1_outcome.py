@@ -24,6 +24,10 @@ _FAILURES = {
 }
 
 
+OVERLAPPED = ("spanloom.response.overlapped", True)
+"""The next request came before the response was whole: its end, and so the span's, is not known."""
+
+
 def is_whole(exchange: Exchange, meaning: int, status: int, framing: Framing, length: int, head_bytes: int) -> bool:
     """Whether the response is whole (RFC 9112 section 6.3); ``head_bytes`` is 0 when its head's end was not seen."""
     end = exchange.end
@@ -45,8 +49,10 @@ def is_whole(exchange: Exchange, meaning: int, status: int, framing: Framing, le
     closed_or_reused = end in (_NEXT, _CLOSED)
     if framing in (Framing.CHUNKED, Framing.CHUNKED_TRAILERS):
         # The "\n" tells the last chunk, "0", from a size such as "10".
-        if tail.endswith(b"\n0\r\n\r\n") or end == _NEXT:
+        if tail.endswith(b"\n0\r\n\r\n"):
             return True
+        if end == _NEXT:
+            return not tail or tail.endswith(b"\r\n\r\n")  # trailers that were not announced
         return framing is Framing.CHUNKED_TRAILERS and end == _CLOSED and tail.endswith(b"\r\n\r\n")
     if framing is Framing.LENGTH:
         if head_bytes:
@@ -59,15 +65,21 @@ def is_whole(exchange: Exchange, meaning: int, status: int, framing: Framing, le
     return not cut and bool(flags & _PEER_CLOSED) and exchange.role != _SERVER and end in (_OPEN, _QUIET)
 
 
-def failure(role: int, end: int, flags: int) -> tuple[str, str]:
-    """Return the error.type pair for a final record whose response is not whole."""
+def failure(role: int, end: int, flags: int) -> tuple[str, str | bool]:
+    """Return the pair that says why the response of a final record is not whole: error.type, if it failed.
+
+    A client that sends its next request on the connection does not think that the response failed (RFC 9112 section
+    9.3.2): it pipelines, and the rest was on its way then.
+    """
+    if end == _NEXT:
+        return OVERLAPPED
     if end == _TIMED_OUT:
         reason = "timeout"
     elif role == _SERVER:
         reason = "client_disconnect" if end == _RESET or flags & _PEER_CLOSED else "incomplete_response"
     elif end == _RESET:
         reason = "connection_reset"
-    elif flags & _PEER_CLOSED or end == _NEXT:
+    elif flags & _PEER_CLOSED:
         reason = "incomplete_response"
     else:
         reason = "client_disconnect"

@@ -166,6 +166,49 @@ def _request_batches(port: int, batches: Sequence[int]) -> None:
             receive(connection, len(response()) * size)
 
 
+@pytest.mark.parametrize("chunks", [False, True], ids=["length", "chunked"])
+def test_pipelining_against_a_running_response(edge: Edge, chunks: bool) -> None:
+    """A request that is sent while the response before it still arrives: nothing failed, and the next ones are seen."""
+    body = [b"first half, " * 100, b"second half, " * 100]
+    if chunks:
+        end = len(chunked(body[1:]))
+        whole = response(fields=["Transfer-Encoding: chunked"], body=None) + chunked(body)
+        pieces = [whole[:-end], whole[-end:]]
+    else:
+        whole = response(body=b"".join(body))
+        pieces = [whole[: -len(body[1])], whole[-len(body[1]) :]]
+    edge.server.start(_serve_overlapped, edge.port, pieces)
+    edge.client.call(_request_overlapped, edge.port, [len(piece) for piece in pieces])
+    edge.server.result()
+    spans = edge.expect([("/running", 200), ("/during", 201), ("/after", 202)])
+    for side in (spans.servers, spans.clients):
+        assert [span.attributes.get("spanloom.response.overlapped", False) for span in side] == [True, False, False]
+
+
+def _serve_overlapped(port: int, pieces: Sequence[bytes]) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        send_all(connection, pieces[0])
+        receive_head(connection)
+        send_all(connection, pieces[1])
+        time.sleep(0.05)  # a segment of its own: what is read together with the end of another is not told apart
+        send_all(connection, response(201))
+        receive_head(connection)
+        send_all(connection, response(202))
+        connection.recv(1)
+
+
+def _request_overlapped(port: int, pieces: Sequence[int]) -> None:
+    with connect(port) as connection:
+        send_all(connection, request("/running"))
+        receive(connection, pieces[0])
+        send_all(connection, request("/during"))
+        receive(connection, pieces[1])
+        receive(connection, len(response(201)))
+        send_all(connection, request("/after"))
+        receive(connection, len(response(202)))
+
+
 def test_pipelining_into_nginx(edge: Edge, tmp_path: Path) -> None:
     """Fifty requests to nginx before any response is read, in one send, in fifty, cut anywhere: fifty spans a side."""
     port = edge.other_ports[0]

@@ -499,12 +499,25 @@ def test_error_type_of_a_final_record(response: bytes, role: Role, end: End, fla
 
 @pytest.mark.parametrize("role", Role)
 def test_the_next_request_ends_the_exchange(role: Role) -> None:
-    """A reused connection proves that a chunked or unframed response was whole, but not one short of its length."""
-    assert parse(response=CHUNKED + b"2\r\nhi\r\n", role=role, end=End.NEXT).complete
-    assert parse(response=TRAILERS + b"0\r\nX: y\r\n\r\n", role=role, end=End.NEXT).complete
+    """A reused connection proves that an unframed response was whole, but not one that is short of its framing."""
+    for trailers in (TRAILERS, CHUNKED):
+        assert parse(response=trailers + b"0\r\nX: y\r\n\r\n", role=role, end=End.NEXT).complete
     assert parse(response=PLAIN, role=role, end=End.NEXT).complete
-    assert attributes(response=OK[:-1], role=role, end=End.NEXT)["error.type"] == "incomplete_response"
-    assert attributes(response=b"", role=role, end=End.NEXT)["error.type"] == "incomplete_response"
+    for unfinished in (OK[:-1], b"", CHUNKED + b"2\r\nhi\r\n"):
+        call = parse(response=unfinished, role=role, end=End.NEXT)
+        assert not call.complete
+        assert not call.error, "a client that goes on with its next request has not seen a failure"
+        assert ("spanloom.response.overlapped", True) in call.attributes
+
+
+def test_an_overlapped_response_is_no_trait_of_its_request() -> None:
+    """What is remembered of a request says nothing of how its response ended."""
+    parser = Http1(extractor=Extractor(FORMATS))
+    for _ in range(2):
+        overlapped = parser.parse(exchange(response=OK[:-1], end=End.NEXT))
+        assert ("spanloom.response.overlapped", True) in overlapped.all_attributes()
+    whole = parser.parse(exchange(response=OK, end=End.NEXT))
+    assert "spanloom.response.overlapped" not in dict(whole.all_attributes())
 
 
 @pytest.mark.parametrize("role", Role)
@@ -625,6 +638,41 @@ def test_the_context_of_each_format_is_found_among_other_fields() -> None:
     assert parse(twice).context is None
 
 
+_A, _B = (b"00-%032x-%016x-01" % (number, number) for number in (0xA, 0xB))
+
+
+@pytest.mark.parametrize(
+    ("fields", "trace_id"),
+    [
+        (b"traceparent: %b\r\n" % _A, 0xA),
+        (b"Traceparent: %b\r\n" % _A, 0xA),
+        (b"TRACEPARENT: %b\r\n" % _A, 0xA),
+        (b"x-original-traceparent: %b\r\ntraceparent: %b\r\n" % (_A, _B), 0xB),
+        (b"x-log: traceparent: %b\r\ntraceparent: %b\r\n" % (_A, _B), 0xB),
+        (b"x-original-traceparent: %b\r\n" % _A, None),
+        (b"traceparent: %b\r\ntraceparent: %b\r\n" % (_A, _B), None),
+    ],
+)
+def test_the_trace_of_a_repeated_request(fields: bytes, trace_id: int | None) -> None:
+    """A request that was seen before is in the trace that its own header names, not in one that looks like it."""
+    http = parser()
+    request = b"GET /again HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n"
+    for _ in range(3):
+        context = http.parse(exchange(request)).context
+        assert (int.from_bytes(context.trace_id, "big") if context else None) == trace_id
+
+
+@pytest.mark.parametrize("end", End)
+def test_bytes_that_begin_no_response(end: End) -> None:
+    """An exchange that ended with nothing but other bytes is no HTTP; behind a running response they are its rest."""
+    one = exchange(response=b"", flags=Flag.FIRST | Flag.FOREIGN, end=end)
+    if end in (End.OPEN, End.QUIET, End.NEXT):
+        assert "error.type" not in dict(parser().parse(one).attributes)
+    else:
+        with pytest.raises(ProtocolError, match="foreign_response"):
+            parser().parse(one)
+
+
 def test_the_request_id_is_bounded() -> None:
     """A hostile x-request-id does not become a large key."""
     assert len(parse(b"GET / HTTP/1.1\r\nx-request-id: %s\r\n\r\n" % (b"x" * 999)).request_id) == http1.REQUEST_ID_BYTES
@@ -664,7 +712,7 @@ SECRET_FIELDS = (
 
 
 def mentions(call: Call, secret: str) -> bool:
-    return secret in repr((call.name, call.attributes, call.request_id))
+    return secret in repr((call.name, call.all_attributes(), call.request_id))
 
 
 @given(
