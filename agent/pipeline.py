@@ -142,6 +142,8 @@ class Pipeline:
         # report the same exchange as new.
         self._swept: set[int] = set()
         self._swept_before: set[int] = set()
+        # Connections whose exchange or stream was finished before the kernel was done with it; ``max_pending`` at most.
+        self._ended_early: set[int] = set()
         self._streams: dict[int, PipelinedConnection] = {}
         self._streams_seen = 0
         self._streams_outstanding = 0
@@ -276,6 +278,8 @@ class Pipeline:
         is_first = exchange.flags & _FIRST
         if is_first:
             self.received += 1
+            if self._ended_early:
+                self._ended_early.discard(exchange.connection_id)
         decided = self._decided.get(exchange.tgid)
         if decided is None or decided[0] != exchange.process_start_ns:
             decided = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
@@ -343,7 +347,7 @@ class Pipeline:
             self._stitcher.add(exchange, call)
             return
         if is_first and len(self._pending) >= self._max_pending:
-            self._finish(self._forget_pending(next(iter(self._pending))))
+            self._end_early(self._forget_pending(next(iter(self._pending))))
         self._pending[exchange_id] = exchange
         self._pending_of[exchange.connection_id] = exchange_id
         if call is not None:
@@ -382,9 +386,20 @@ class Pipeline:
             oldest = next(iter(self._pending.values()))
             if oldest.end_ns > limit_ns:
                 break
-            self._finish(msgspec.structs.replace(self._forget_pending(oldest.exchange_id), end=int(End.TIMED_OUT)))
+            self._end_early(msgspec.structs.replace(self._forget_pending(oldest.exchange_id), end=int(End.TIMED_OUT)))
+
+    def _end_early(self, exchange: Exchange) -> None:
+        """Finish an exchange that the kernel may still have more to say of."""
+        self._remember_early_end(exchange.connection_id)
+        self._finish(exchange)
+
+    def _remember_early_end(self, connection_id: int) -> None:
+        if len(self._ended_early) >= self._max_pending:
+            self._ended_early.pop()  # should it go on after all, the books are off by one
+        self._ended_early.add(connection_id)
 
     def _on_close(self, closed: ConnectionClosed) -> None:
+        self._ended_early.discard(closed.connection_id)
         stream = self._streams.pop(closed.connection_id, None)
         if stream is not None:
             self._close_stream(stream, closed)
@@ -407,9 +422,15 @@ class Pipeline:
         stream = self._streams.get(segment.connection_id)
         if stream is None:
             if len(self._streams) >= self._max_pending:
-                self._close_stream(self._streams.pop(next(iter(self._streams))), None)
+                oldest = next(iter(self._streams))
+                self._close_stream(self._streams.pop(oldest), None)
+                self._remember_early_end(oldest)
             stream = self._streams[segment.connection_id] = PipelinedConnection()
-            self._streams_seen += 1
+            if segment.connection_id in self._ended_early:
+                # What the kernel counts as streamed is in the books already, and the segments tell of it again.
+                self._ended_early.discard(segment.connection_id)
+            else:
+                self._streams_seen += 1
             announced = self._pending_of.get(segment.connection_id)
             if announced is not None:
                 # The connection's first exchange had been reported before the second request came. The kernel counts it
