@@ -295,7 +295,7 @@ class Agent:
         gc.freeze()
         gc.set_threshold(50_000, 20, 100)
         kernel = self.config.kernel
-        sweep_ns, next_sweep_ns = int(kernel.sweep_seconds * 1e9), 0
+        sweep_ns, next_sweep_ns, soonest_sweep_ns = int(kernel.sweep_seconds * 1e9), 0, 0
         while not self._stopping:
             self.capture.wait(kernel.poll_seconds)
             self._stepped_at = time.monotonic()
@@ -304,10 +304,11 @@ class Agent:
             self._follow_file()
             self._follow_overrides(time.time_ns())
             self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
-            if now_ns >= next_sweep_ns:
+            if now_ns >= next_sweep_ns or (self.stitcher.is_crowded and now_ns >= soonest_sweep_ns):
                 self.pipeline.sweep(now_ns)
                 # A sweep over very many connections may take long: it gets a tenth of the time at most.
-                next_sweep_ns = now_ns + max(sweep_ns, 10 * self.pipeline.sweep_ns)
+                soonest_sweep_ns = now_ns + 10 * self.pipeline.sweep_ns
+                next_sweep_ns = max(now_ns + sweep_ns, soonest_sweep_ns)
             else:
                 self.pipeline.run_once(now_ns)
 

@@ -143,6 +143,8 @@ class Stitcher:
 
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
     _GENERATION_NODES = 50_000
+    # From this number on a generation is worth ending before its time, by a sweep of its own.
+    _CROWDED_NODES = 10_000
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
     _PROCESSES = 16_384
 
@@ -203,6 +205,11 @@ class Stitcher:
                 call,
             )
             self._enter(node, exchange)
+
+    @property
+    def is_crowded(self) -> bool:
+        """So much has come since the last ``advance()`` that another one soon would save memory."""
+        return len(self._recent) > self._CROWDED_NODES
 
     def knows(self, exchange_id: int) -> bool:
         """Whether the exchange was added or announced not long ago."""
