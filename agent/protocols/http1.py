@@ -133,8 +133,9 @@ class Http1:
         """Return the best knowledge of ``exchange``, provisional or final.
 
         ``Call.complete``: the response is whole by RFC 9112 section 6.3; of a final record it is False exactly when
-        ``error.type`` says what cut it short, or ``spanloom.response.overlapped`` that its end was not seen. Where the response head was cut at the capture limit and the length stays
-        unknown, a provisional record is not complete, and a final one has the benefit of the doubt.
+        ``error.type`` says what cut it short, or ``spanloom.response.overlapped`` that its end was not seen. Where the
+        response head was cut at the capture limit and the length stays unknown, a provisional record is not complete,
+        and a final one has the benefit of the doubt.
 
         Raises ProtocolError for what is not HTTP/1: no_request, incomplete_request, binary_head, bad_request_line,
         bad_header, bad_status_line, foreign_response (an exchange that ended, and was answered with other bytes only).

@@ -31,7 +31,15 @@ with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext()
 SEPARATOR = b"\xff\xfe\xff"
 HEADER_BYTES = 12
 REASONS = frozenset(
-    ("no_request", "incomplete_request", "binary_head", "bad_request_line", "bad_header", "bad_status_line", "foreign_response")
+    (
+        "no_request",
+        "incomplete_request",
+        "binary_head",
+        "bad_request_line",
+        "bad_header",
+        "bad_status_line",
+        "foreign_response",
+    )
 )
 FAILURES = frozenset(("timeout", "connection_reset", "client_disconnect", "incomplete_response"))
 CAPTURE = ("host", "x-tenant", "content-length", "referer", "authorization", "cookie")
