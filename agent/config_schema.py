@@ -16,6 +16,8 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 from msgspec import Meta, field
 
+from agent.redaction import DEFAULT_QUERY_KEYS
+
 
 def _help(description: str, expect: str = "") -> Meta:
     """The text of a setting; ``expect`` says in words what no bound of the type can express."""
@@ -154,15 +156,7 @@ class Redaction(Section, frozen=True):
         _help(
             "Query parameters (case-sensitive) whose value becomes `REDACTED`. A list given here replaces the default."
         ),
-    ] = (
-        "X-Amz-Signature",
-        "X-Amz-Credential",
-        "X-Amz-Security-Token",
-        "AWSAccessKeyId",
-        "Signature",
-        "sig",
-        "X-Goog-Signature",
-    )
+    ] = DEFAULT_QUERY_KEYS
 
 
 class Propagation(Section, frozen=True):

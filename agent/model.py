@@ -190,7 +190,8 @@ class Call(msgspec.Struct, frozen=True, gc=False):
 
     ``attributes`` follow the semantic conventions already. ``error`` is True when the span status is Error.
     ``context`` is the first valid trace context of the request in the configured order, ``other_contexts`` those valid
-    ones that disagree with it about the trace id. ``request_id`` is the ``x-request-id`` value or an empty string.
+    ones that disagree with it about the trace or the parent. ``decision`` is what a request without a context says
+    about sampling, None when nothing. ``request_id`` is the ``x-request-id`` value or an empty string.
     ``complete`` is True when the response is whole by the protocol's own rules (Content-Length reached, last chunk
     seen, no body allowed); False means that only the end of the connection or a later record can tell. ``groups``
     come before ``attributes``; ``all_attributes()`` has both.
@@ -204,6 +205,7 @@ class Call(msgspec.Struct, frozen=True, gc=False):
     request_id: str
     complete: bool
     groups: tuple[AttributeGroup, ...] = ()
+    decision: bool | None = None
 
     def all_attributes(self) -> Attributes:
         """The attributes of the groups, then the single ones."""

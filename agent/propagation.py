@@ -15,8 +15,11 @@ from __future__ import annotations
 import re
 from binascii import Error as NotHexError
 from binascii import unhexlify
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+
+import msgspec
 
 from agent.model import TraceContext
 
@@ -77,12 +80,12 @@ class Extractor:
         self.context_behind_version = context_behind_version
 
     def extract(self, headers: _Headers) -> tuple[TraceContext | None, tuple[TraceContext, ...]]:
-        """Return the first valid context in the configured order and the valid ones that disagree about its trace id.
+        """Return the first valid context in the configured order and those that disagree with it about trace or parent.
 
         ``headers`` maps lower-case names to the value, or to the list of values in order when the header was repeated;
         names outside ``header_names`` are ignored. A format that carries only a decision (``b3: 0``, ``X-B3-Sampled``
-        or ``Sampled=`` without ids) yields no context, but decides for a first context that left the decision open.
-        Never raises.
+        or ``Sampled=`` without ids) yields no context, but decides for a first context that left the decision open, and
+        ``b3`` alone for the ids of the multiple headers, which it wins over. Never raises.
         """
         if not headers:
             return None, ()
@@ -96,6 +99,7 @@ class Extractor:
         first: TraceContext | None = None
         others: tuple[TraceContext, ...] = ()
         decision: bool | None = None
+        single: bool | None = None
         for names, read in self._formats:
             if names.isdisjoint(headers):
                 continue
@@ -105,13 +109,36 @@ class Extractor:
             if found is True or found is False:
                 if decision is None:
                     decision = found
+                if b"b3" in names:
+                    single = found
             elif first is None:
                 first = found
-            elif not _same_trace(first.trace_id, found.trace_id):
+            elif _disagree(first, found):
                 others += (found,)
-        if first is not None and first.sampled is None and decision is not None:
-            first = TraceContext(first.trace_id, first.span_id, decision, first.trace_state, first.format)
+        if first is not None:
+            if single is not None and first.format == "b3multi":
+                first = msgspec.structs.replace(first, sampled=single)
+            elif first.sampled is None and decision is not None:
+                first = msgspec.structs.replace(first, sampled=decision)
         return first, others
+
+    def decision(self, headers: _Headers) -> bool | None:
+        """What headers without ids say about sampling: the first decision in the configured order, None without one.
+
+        For requests in which ``extract`` found no context: the trace that begins here follows it.
+        """
+        for names, read in self._formats:
+            if not names.isdisjoint(headers):
+                found = read(headers, Counter())
+                if found is True or found is False:
+                    return found
+        return None
+
+
+def _disagree(first: TraceContext, other: TraceContext) -> bool:
+    if not _same_trace(first.trace_id, other.trace_id):
+        return True
+    return None not in (first.span_id, other.span_id) and first.span_id != other.span_id
 
 
 def _same_trace(left: bytes, right: bytes) -> bool:

@@ -20,8 +20,20 @@ DEFAULT_QUERY_KEYS = (
     "Signature",
     "sig",
     "X-Goog-Signature",
+    "api_key",
+    "apikey",
+    "apiKey",
+    "api-key",
+    "access_token",
+    "refresh_token",
+    "id_token",
+    "token",
+    "client_secret",
+    "secret",
+    "password",
 )
-"""Query keys whose values are replaced by default; case-sensitive (semantic conventions, ``url.query``)."""
+"""Query keys whose values are replaced by default; case-sensitive. Up to X-Goog-Signature the list of the semantic
+conventions (``url.query``), then what carries API keys and credentials: docs/adr/0010."""
 
 _SECRET_NAMES = frozenset(
     ("authentication-info", "proxy-authentication-info", "dpop", "x-auth", "x-auth-user", "x-ms-client-principal")

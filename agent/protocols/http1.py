@@ -75,6 +75,8 @@ class _Extractor(Protocol):
         self, headers: Mapping[bytes, bytes | list[bytes]]
     ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]: ...
 
+    def decision(self, headers: Mapping[bytes, bytes | list[bytes]]) -> bool | None: ...
+
 
 class Http1:
     """Parses records of HTTP/1.x exchanges; keeps nothing of an exchange but memos of repeated text."""
@@ -103,6 +105,7 @@ class Http1:
         self._routes = routes.Routes(route_patterns)
         self._guess_routes = guess_routes
         self._extract = extractor.extract
+        self._decision = extractor.decision
         self._context_names = extractor.header_names
 
         read = {b"host", b"user-agent", b"content-length", b"transfer-encoding", b"forwarded", b"x-forwarded-for"}
@@ -164,6 +167,7 @@ class Http1:
             and exchange.request_bytes == len(request)
             and not call.request_id
             and not call.other_contexts
+            and call.decision is None
             and call.context == (self._context_of(after[:_TRACEPARENT_BYTES], _trace_state(call)) if mark else None)
         ):
             self._remember_repeat(key, len(request), exchange.role == _SERVER, call, is_forwarded)
@@ -240,6 +244,7 @@ class Http1:
         request_id = ""
         context: TraceContext | None = None
         others: tuple[TraceContext, ...] = ()
+        decision: bool | None = None
         if fields:
             if client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
                 forwarded = syntax.read_forwarded(
@@ -255,6 +260,8 @@ class Http1:
                 request_id = syntax.text(syntax.first(known_id)[:REQUEST_ID_BYTES])
             if not self._context_names.isdisjoint(fields):
                 context, others = self._extract(fields)
+                if context is None:
+                    decision = self._decision(fields)
 
         response = exchange.response
         end = response.find(b"\r\n\r\n")
@@ -291,7 +298,8 @@ class Http1:
             attributes += _HEAD_TRUNCATED
         # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
         repeats = target if host is not None and request_head_bytes == exchange.request_bytes else None
-        return Call(name, attributes, error, context, others, request_id, whole), repeats, is_forwarded
+        call = Call(name, attributes, error, context, others, request_id, whole, (), decision)
+        return call, repeats, is_forwarded
 
     def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
         method, target, version = syntax.read_request_line(request_line)
@@ -434,8 +442,12 @@ def _request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[by
     lines = syntax.split_lines(stripped)
     method, space, target = stripped.partition(b" ")
     if not lines and space and flags & _REQUEST_CUT and response[:7] == b"HTTP/1.":
-        # The target alone is longer than the capture: it is shown as far as it goes, under the answer's version.
-        return [method + b" " + target.partition(b" ")[0] + b" " + response[:8]], 0
+        # The target alone is longer than the capture: it is shown as far as it goes, under the answer's version. Of an
+        # authority that was cut nobody can tell what is a host and what a password.
+        target = target.partition(b" ")[0]
+        if not target.startswith(b"/") and b"/" not in target.partition(b"://")[2]:
+            raise ProtocolError("incomplete_request")
+        return [method + b" " + target + b" " + response[:8]], 0
     syntax.read_request_line(lines[0] if lines else stripped)
     if not lines or not flags & _REQUEST_CUT:
         raise ProtocolError("incomplete_request")

@@ -662,6 +662,25 @@ def test_the_trace_of_a_repeated_request(fields: bytes, trace_id: int | None) ->
         assert (int.from_bytes(context.trace_id, "big") if context else None) == trace_id
 
 
+def test_a_decision_without_ids_is_kept_for_each_request() -> None:
+    """A request that carries only a sampling decision says so each time it comes; one without says nothing."""
+    http = parser()
+    for fields, decision in ((b"b3: 0\r\n", False), (b"b3: 1\r\n", True), (b"", None)):
+        for _ in range(2):
+            call = http.parse(exchange(b"GET / HTTP/1.1\r\nHost: a\r\n" + fields + b"\r\n"))
+            assert (call.context, call.decision) == (None, decision)
+
+
+def test_a_target_that_was_cut_inside_its_authority() -> None:
+    """What may be half of a password is not exported; a path that was cut is, as far as it goes."""
+    cut = Flag.FIRST | Flag.REQUEST_TRUNCATED
+    for target in (b"http://user:1234", b"http://us", b"http:"):
+        with pytest.raises(ProtocolError, match="incomplete_request"):
+            parse(b"GET " + target, flags=cut, request_bytes=5000, role=Role.CLIENT)
+    call = parse(b"GET http://user:1234@host/pa", flags=cut, request_bytes=5000, role=Role.CLIENT)
+    assert dict(call.attributes)["url.full"] == "http://REDACTED:REDACTED@host/pa"
+
+
 @pytest.mark.parametrize("end", End)
 def test_bytes_that_begin_no_response(end: End) -> None:
     """An exchange that ended with nothing but other bytes is no HTTP; behind a running response they are its rest."""

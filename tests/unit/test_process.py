@@ -67,7 +67,7 @@ def describe(root: Path, **process: object) -> ProcessInfo:
 
 
 def test_the_resource_of_a_plain_process_is_complete(tmp_path: Path) -> None:
-    """Every attribute of SEMANTICS.md for a host, in a stable order; no language without evidence."""
+    """Every attribute of SEMANTICS.md that a host has (no namespace), in a stable order; no language without evidence."""
     make_process(tmp_path)
     info = make_table(tmp_path).observe(seen())
     assert info.alive_when_seen

@@ -725,6 +725,44 @@ def test_a_formats_own_flag_wins_over_a_decision_without_ids():
         )
 
 
+@pytest.mark.parametrize(("single", "sampled"), [(b"0", False), (b"1", True), (b"d", True)])
+def test_a_single_b3_decision_wins_over_multiple_headers(single, sampled):
+    """Single wins over multi: the ids are those of the multiple headers, the decision is the single one's."""
+    multi = spelled("b3multi", TRACE) | {b"x-b3-sampled": b"0" if sampled else b"1"}
+    context, others = Extractor(FORMATS).extract(multi | {b"b3": single})
+    assert (context.trace_id, context.span_id, context.sampled, others) == (TRACE_ID, SPAN_ID, sampled, ())
+
+
+@pytest.mark.parametrize(
+    ("headers", "decision"),
+    [
+        ({b"b3": b"0"}, False),
+        ({b"b3": b"d"}, True),
+        ({b"x-b3-sampled": b"false"}, False),
+        ({b"x-amzn-trace-id": b"Sampled=1"}, True),
+        ({b"x-b3-sampled": b"1", b"b3": b"0"}, False),
+        ({b"b3": b"x"}, None),
+        ({b"traceparent": TRACEPARENT}, None),
+        ({}, None),
+    ],
+)
+def test_a_decision_alone(headers, decision):
+    """What headers without ids say about sampling is told, and nothing is counted that extract() counts already."""
+    extractor = Extractor(FORMATS)
+    assert extractor.decision(headers) is decision
+    assert not any(extractor.malformed.values())
+
+
+def test_another_parent_in_the_same_trace_disagrees():
+    """A proxy that writes one format and passes another on: the first valid one wins, the other is kept."""
+    context, others = Extractor(FORMATS).extract(
+        {b"traceparent": TRACEPARENT, b"b3": TRACE + b"-" + SPAN[::-1] + b"-1"}
+    )
+    assert (context.format, [other.format for other in others]) == ("tracecontext", ["b3"])
+    _, others = Extractor(FORMATS).extract({b"traceparent": TRACEPARENT, b"b3": TRACE + b"-" + SPAN + b"-1"})
+    assert others == ()
+
+
 def test_a_decision_without_ids_keeps_the_rest_of_the_context():
     """B3 ids that came without a decision take it from the multiple headers, and stay as they were otherwise."""
     headers = {b"b3": TRACE + b"-" + SPAN, b"x-b3-sampled": b"0"}

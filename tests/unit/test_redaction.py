@@ -32,6 +32,11 @@ def test_default_keys_lose_their_value_and_stay(key: str) -> None:
         ("X%2DAmz%2DSignature=a&q=%20", "X%2DAmz%2DSignature=REDACTED&q=%20"),
         ("a=1;sig=x;y&b=2", "a=1;sig=REDACTED&b=2"),
         ("&&sig=x&", "&&sig=REDACTED&"),
+        (
+            "api_key=a&access_token=b&token=c&password=d",
+            "&".join(f"{key}=REDACTED" for key in ("api_key", "access_token", "token", "password")),
+        ),
+        ("key=record&tokens=2", "key=record&tokens=2"),
     ],
 )
 def test_query_edge_cases(query: str, expected: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -617,6 +618,18 @@ def test_processes_are_bounded_even_when_nobody_tells():
 
 
 # -- sampling
+
+
+@pytest.mark.parametrize(("decision", "ratio"), [(False, 1.0), (True, 0.0)])
+def test_a_decision_without_ids_holds_for_the_trace_that_begins(decision, ratio):
+    """A request that only says whether to sample is obeyed, and so is everything that follows from it."""
+    first, asked = served(1)
+    stitcher = make_stitcher(sampler=Sampler(ratio))
+    stitcher.add(first, msgspec.structs.replace(asked, decision=decision))
+    stitcher.add(*called(2, thread=1))
+    stitcher.advance(FAR_NS, FAR_NS)
+    assert len(stitcher.take()) == (2 if decision else 0)
+    assert stitcher.sampled_out == (0 if decision else 2)
 
 
 def test_sampling_is_decided_once_per_trace():
