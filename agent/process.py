@@ -59,7 +59,7 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
 
     ``container`` identifies the container to whoever made this. Until the pod is ``known``, ``attributes`` hold only
     what the process itself gives away. ``selected``: by the rules for pods. ``facts`` are for matching overrides:
-    namespace, pod, container.
+    namespace, pod, container. ``basis`` is what the placement was made of, for ``Pods.is_current``.
     """
 
     container: object
@@ -67,6 +67,7 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     selected: bool
     attributes: Attributes
     facts: tuple[tuple[str, str], ...] = ()
+    basis: object = None
 
 
 class Pods(Protocol):
@@ -80,6 +81,9 @@ class Pods(Protocol):
 
     def place(self, container: object, declared: Mapping[str, str]) -> Placement:
         """What is known now. ``declared`` is what the process says of itself, by attribute."""
+
+    def is_current(self, placement: Placement) -> bool:
+        """False when ``place`` may say something else by now; much cheaper than asking it."""
 
 
 class ProcessInfo(msgspec.Struct, frozen=True, gc=False):
@@ -218,13 +222,18 @@ class ProcessTable:
         """Look at the pods again; return the processes of which something is different now."""
         changed = []
         if self._pods is not None:
-            for info in self._processes.values():
-                if info.placement is not None:
-                    placement = self._pods.place(info.placement.container, dict(info.declared))
-                    if placement != info.placement:
-                        changed.append(self._compose(info, placement))
-            for info in changed:
-                self._processes[info.key] = info
+            outdated = [
+                info
+                for info in self._processes.values()
+                if info.placement is not None and not self._pods.is_current(info.placement)
+            ]
+            for info in outdated:
+                before, placement = info.placement, self._pods.place(info.placement.container, dict(info.declared))
+                if placement == msgspec.structs.replace(before, basis=placement.basis):
+                    self._processes[info.key] = msgspec.structs.replace(info, placement=placement)
+                else:
+                    self._processes[info.key] = self._compose(info, placement)
+                    changed.append(self._processes[info.key])
         return changed
 
     def describe_with(self, extra_attributes: Attributes) -> None:
@@ -253,7 +262,10 @@ class ProcessTable:
             language = _language(directory_fd, name, command_line)
             if self._pods is not None:
                 container = self._pods.container_of(cgroup)
-                self._remember_container(cgroup_id, container)
+                # The kernel's id is of cgroup v2, whose groups containers share beside v1: only what v2 tells counts.
+                of_unified = self._pods.container_of(_unified(cgroup))
+                if of_unified is not None:
+                    self._remember_container(cgroup_id, of_unified)
         info = ProcessInfo(
             key=key,
             executable_name=name,
@@ -344,6 +356,11 @@ class Selector:
 def _matcher(globs: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
     """One expression for all globs; without a glob it matches nothing."""
     return re.compile("|".join(map(fnmatch.translate, globs)) if globs else r"(?!)").match
+
+
+def _unified(cgroup: bytes) -> bytes:
+    """Of the lines of ``/proc/<pid>/cgroup``, that of cgroup v2 (cgroups(7))."""
+    return b"".join(line for line in cgroup.splitlines(keepends=True) if line.startswith(b"0::"))
 
 
 def systemd_unit(cgroup: bytes) -> str:

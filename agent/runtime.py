@@ -95,7 +95,7 @@ class Agent:
 
     def _build(self, config: Config) -> None:
         self.processes = ProcessTable(
-            host_name=socket.gethostname(),
+            host_name=self.cluster.node_name if self.cluster is not None else socket.gethostname(),
             extra_attributes=tuple(config.resource.attributes.items()),
             max_processes=config.limits.processes,
             version=__version__,

@@ -146,6 +146,7 @@ class Capture:
             if link == ffi.NULL:
                 raise _load_error(ffi.errno, f"attach {name}")
             self._links.append(link)
+        self._release_sweep()
         self._iter_link = lib.spanloom_attach_map_iter(self._program("sweep"), self._map("connections"))
         if self._iter_link == ffi.NULL:
             raise _load_error(ffi.errno, "attach sweep")
@@ -257,15 +258,18 @@ class Capture:
     def close(self) -> None:
         """Detach and release everything. May be called twice."""
         self.detach()
-        if self._iter_link != ffi.NULL:
-            lib.bpf_link__destroy(self._iter_link)
-            self._iter_link = ffi.NULL
+        self._release_sweep()
         if self._drain != ffi.NULL:
             lib.spanloom_drain_free(self._drain)
             self._drain = ffi.NULL
         if self._object != ffi.NULL:
             lib.bpf_object__close(self._object)
             self._object = ffi.NULL
+
+    def _release_sweep(self) -> None:
+        if self._iter_link != ffi.NULL:
+            lib.bpf_link__destroy(self._iter_link)
+            self._iter_link = ffi.NULL
 
     def __enter__(self) -> Capture:
         return self

@@ -25,7 +25,10 @@ _log = logging.getLogger("spanloom.kube")
 
 
 class Cluster:
-    """Watches the pods of one node. ``directory`` answers from the first moment on, with what is known by then."""
+    """Watches the pods of one node. ``directory`` answers from the first moment on, with what is known by then.
+
+    ``node_name`` is the host's name, too: that of the agent's own pod would change with every rollout.
+    """
 
     def __init__(self, config: Config, environ: Mapping[str, str]) -> None:
         """Raises ConfigError when this is no pod, or the name of the node is not known."""
@@ -38,6 +41,7 @@ class Cluster:
             raise ConfigError(
                 "kubernetes.node_name: missing; set it, or the environment variable NODE_NAME from spec.nodeName"
             )
+        self.node_name = node_name
         self.directory = PodDirectory(
             _rules(config),
             node_name=node_name,

@@ -9,8 +9,9 @@ One thread writes (the watch), one reads (the pipeline): see ``PodIndex``.
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from agent.kube.cgroups import ContainerRef, container_of
@@ -18,12 +19,29 @@ from agent.kube.pods import Pod, PodIndex, pod_attributes, read_pod
 from agent.kube.select import PodRules
 from agent.process import Placement
 
-CGROUP_ROOTS = tuple(
-    f"{prefix}/sys/fs/cgroup{suffix}" for prefix in ("/proc/1/root", "") for suffix in ("/unified", "")
-)
-"""Where cgroup v2 is mounted: as the host's first process sees it, and as this one does; beside v1, or alone."""
-
 _CGROUP_DEPTH = 8
+_CGROUPS = 20_000
+"""A search ends after so many directories: some milliseconds."""
+
+_UID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
+
+
+def cgroup_roots(proc: str = "/proc") -> list[str]:
+    """Where cgroup v2 is mounted: as the host's first process sees it, then as this one does.
+
+    Only there are the numbers of directories the kernel's ids; the hierarchies of v1 count for themselves.
+    """
+    roots: list[str] = []
+    for process, prefix in (("1", f"{proc}/1/root"), ("self", "")):
+        try:
+            mounts = Path(f"{proc}/{process}/mounts").read_text(errors="replace")
+        except OSError:
+            continue
+        for line in mounts.splitlines():
+            fields = line.split(" ")
+            if len(fields) > 2 and fields[2] == "cgroup2":
+                roots.append(prefix + fields[1])
+    return roots
 
 
 class PodDirectory:
@@ -39,9 +57,9 @@ class PodDirectory:
         node_name: str,
         cluster_name: str = "",
         use_labels: bool = False,
-        cgroup_roots: Sequence[str] = CGROUP_ROOTS,
+        roots: Callable[[], Sequence[str]] = cgroup_roots,
     ) -> None:
-        self._cgroup_roots = cgroup_roots
+        self._roots = roots
         self._index = PodIndex()
         self._node_name = node_name
         self._configured = 0
@@ -100,28 +118,45 @@ class PodDirectory:
 
         Walks the host's hierarchy, as its first process sees it: for processes that ended before they were looked at.
         """
-        for root in self._cgroup_roots:
-            for path, directories, _ in os.walk(root):
-                below = path[len(root) :]
-                if below.count("/") >= _CGROUP_DEPTH:
-                    directories.clear()
-                for name in directories:
-                    with suppress(OSError):
-                        if os.stat(f"{path}/{name}").st_ino == cgroup_id:
-                            return self.container_of(f"0::{below}/{name}".encode("utf-8", "surrogateescape"))
+        looked_at = 0
+        for root in self._roots():
+            waiting = [""]
+            while waiting and looked_at < _CGROUPS:
+                below = waiting.pop()
+                looked_at += 1
+                try:
+                    with os.scandir(root + below) as entries:
+                        for entry in entries:
+                            if not entry.is_dir(follow_symlinks=False):
+                                continue
+                            path = f"{below}/{entry.name}"
+                            if entry.inode() == cgroup_id:
+                                return self.container_of(f"0::{path}".encode("utf-8", "surrogateescape"))
+                            if path.count("/") < _CGROUP_DEPTH:
+                                waiting.append(path)
+                except OSError:
+                    continue  # gone meanwhile, or not ours to read
         return None
+
+    def is_current(self, placement: Placement) -> bool:
+        """Whether the pod, its container and the rules are still those that a placement was made of."""
+        configured, pod, one = placement.basis
+        found = self._index.find(placement.container) or (None, None)
+        return configured == self._configured and found[0] is pod and found[1] is one
 
     def place(self, container: ContainerRef, declared: Mapping[str, str]) -> Placement:
         """What is known of the container's pod at this moment."""
-        found = self._index.find(container)
-        if found is None:
+        configured = self._configured
+        pod, one = self._index.find(container) or (None, None)
+        if pod is None:
             attributes = (
                 ("k8s.node.name", self._node_name),
-                ("k8s.pod.uid", container.pod_uid),
+                # Of a static pod the path has the hash of its manifest, which is no uid.
+                ("k8s.pod.uid", container.pod_uid if _UID.fullmatch(container.pod_uid) else ""),
                 ("container.id", container.container_id),
             )
-            return Placement(container, False, True, tuple(pair for pair in attributes if pair[1]))
-        pod, one = found
+            known = tuple(pair for pair in attributes if pair[1])
+            return Placement(container, False, True, known, (), (configured, None, None))
         name = one.name if one is not None else ""
         own = () if one is not None or not container.container_id else (("container.id", container.container_id),)
         return Placement(
@@ -138,4 +173,5 @@ class PodDirectory:
                 use_labels=self._use_labels,
             ),
             (("namespace", pod.namespace), ("pod", pod.name), ("container", name)),
+            (configured, pod, one),
         )

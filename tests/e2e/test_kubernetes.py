@@ -125,6 +125,7 @@ def test_a_process_is_described_by_its_pod(containers, api, in_cluster, serve, p
         "service.version": "1.4.2",
         "service.instance.id": "shop.cart-6d4cf56db6-x7k2p.app",
         "k8s.cluster.name": "test",
+        "host.name": NODE,
         "k8s.node.name": NODE,
         "k8s.namespace.name": "shop",
         "k8s.pod.name": "cart-6d4cf56db6-x7k2p",

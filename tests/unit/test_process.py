@@ -67,7 +67,7 @@ def describe(root: Path, **process: object) -> ProcessInfo:
 
 
 def test_the_resource_of_a_plain_process_is_complete(tmp_path: Path) -> None:
-    """Every attribute of SEMANTICS.md that a host has (no namespace), in a stable order; no language without evidence."""
+    """Every attribute of SEMANTICS.md that a host has, in a stable order; no language without evidence."""
     make_process(tmp_path)
     info = make_table(tmp_path).observe(seen())
     assert info.alive_when_seen
@@ -530,6 +530,8 @@ class PodsByNumber:
     def __init__(self) -> None:
         self.asked: list[int] = []
         self.known = False
+        self.version = 1
+        self.placed = 0
 
     def container_of(self, cgroup: bytes) -> object | None:
         return "container" if b"kubepods" in cgroup else None
@@ -539,7 +541,12 @@ class PodsByNumber:
         return "container" if cgroup_id == 7 else None
 
     def place(self, container: object, declared: object) -> Placement:
-        return Placement(container, self.known, True, (("k8s.pod.name", "cart" if self.known else "?"),))
+        self.placed += 1
+        name = "cart" if self.known else "?"
+        return Placement(container, self.known, True, (("k8s.pod.name", name),), (), self.version)
+
+    def is_current(self, placement: Placement) -> bool:
+        return placement.basis == self.version
 
 
 def ended(pid: int, cgroup_id: int) -> ProcessSeen:
@@ -569,6 +576,16 @@ def test_what_runs_tells_of_what_has_ended(tmp_path: Path) -> None:
     assert pods.asked == []
 
 
+@pytest.mark.parametrize("unified", [b"0::/\n", b"0::/system.slice/containerd.service\n", b""])
+def test_a_shared_cgroup_tells_of_nobody(tmp_path: Path, unified: bytes) -> None:
+    """Beside cgroup v1, many containers are in one group of v2: what ended there is not another one's."""
+    pods = PodsByNumber()
+    make_process(tmp_path, cgroup=b"4:memory:/kubepods/x\n" + unified)
+    table = make_table(tmp_path, pods=pods)
+    assert table.observe(msgspec.structs.replace(seen(), cgroup_id=9)).placement is not None
+    assert table.observe(ended(51, 9)).placement is None
+
+
 def test_processes_follow_what_becomes_known_of_their_pods(tmp_path: Path) -> None:
     """Only those of which something is different are told of."""
     pods = PodsByNumber()
@@ -578,7 +595,13 @@ def test_processes_follow_what_becomes_known_of_their_pods(tmp_path: Path) -> No
     table.lookup(42, START_NS)
     table.lookup(43, START_NS)
     assert table.refresh() == []
+    assert pods.placed == 1, "what is current is not looked at again"
+    pods.version = 2
+    assert table.refresh() == [], "looked at, and nothing is different"
+    assert table.refresh() == []
+    assert pods.placed == 2
     pods.known = True
+    pods.version = 3
     [info] = table.refresh()
     assert info.key == (42, START_NS)
     assert info.is_placed

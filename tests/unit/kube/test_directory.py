@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from agent.kube.cgroups import ContainerRef
-from agent.kube.directory import PodDirectory
+from agent.kube.directory import PodDirectory, cgroup_roots
 from agent.kube.select import PodRules
 from tests.apiserver import make_pod
 
@@ -76,9 +78,61 @@ def test_a_cgroup_is_found_by_its_number(tmp_path: Path):
     container.mkdir(parents=True)
     other = tmp_path / "system.slice" / "ssh.service"
     other.mkdir(parents=True)
-    pods = directory(cgroup_roots=(str(tmp_path / "absent"), str(tmp_path)))
+    pods = directory(roots=lambda: (str(tmp_path / "absent"), str(tmp_path)))
     assert pods.container_of_id(container.stat().st_ino) == REF
     assert pods.container_of_id(other.stat().st_ino) is None
     gone = container.stat().st_ino
     container.rmdir()
     assert pods.container_of_id(gone) is None
+
+
+def test_a_search_for_a_cgroup_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """However many directories there are, and however deep, the search is bounded."""
+    container = tmp_path / "a" / "b" / "c" / SLICE / f"cri-containerd-{ID}.scope"
+    container.mkdir(parents=True)
+    pods = directory(roots=lambda: (str(tmp_path),))
+    assert pods.container_of_id(container.stat().st_ino) == REF
+    monkeypatch.setattr("agent.kube.directory._CGROUPS", 3)
+    assert pods.container_of_id(container.stat().st_ino) is None
+    monkeypatch.undo()
+    deep = tmp_path.joinpath(*"abcdefghi", SLICE, f"cri-containerd-{ID}.scope")
+    deep.mkdir(parents=True)
+    assert pods.container_of_id(deep.stat().st_ino) is None
+
+
+def test_only_the_unified_hierarchy_has_the_kernels_numbers(tmp_path: Path):
+    """Mounts of cgroup v2 count, as the host's first process and this one see them; those of v1 do not."""
+    for process in ("1", "self"):
+        (tmp_path / process).mkdir()
+    (tmp_path / "1" / "mounts").write_text(
+        "cgroup /sys/fs/cgroup/memory cgroup rw,memory 0 0\n"
+        "cgroup2 /sys/fs/cgroup/unified cgroup2 rw 0 0\nproc /proc proc rw 0 0\n\nodd\n"
+    )
+    (tmp_path / "self" / "mounts").write_text("cgroup2 /sys/fs/cgroup cgroup2 ro 0 0\n")
+    assert cgroup_roots(str(tmp_path)) == [f"{tmp_path}/1/root/sys/fs/cgroup/unified", "/sys/fs/cgroup"]
+    assert cgroup_roots(str(tmp_path / "absent")) == []
+
+
+def test_an_unknown_static_pod_has_no_uid():
+    """The path of a static pod has the hash of its manifest; that is not shown as the pod's uid."""
+    attributes = dict(directory().place(ContainerRef(ID, "d4" * 16), {}).attributes)
+    assert "k8s.pod.uid" not in attributes
+    assert attributes["container.id"] == ID
+
+
+def test_a_placement_is_current_until_something_of_it_changes():
+    """Other pods' changes do not make it outdated; its own pod's, and those of the rules, do."""
+    pods = directory()
+    unknown = pods.place(REF, {})
+    pods.change("ADDED", make_pod("other", "shop", "node-a", {"app": "cd" * 32}, uid=UID.replace("0", "1")))
+    assert pods.is_current(unknown)
+    pods.change("ADDED", pod())
+    assert not pods.is_current(unknown)
+    placed = pods.place(REF, {})
+    pods.change("MODIFIED", pod())
+    assert pods.is_current(placed)
+    pods.change("MODIFIED", pod(annotations={"spanloom.io/trace": "false"}))
+    assert not pods.is_current(placed)
+    placed = pods.place(REF, {})
+    pods.configure(PodRules(), cluster_name="", use_labels=False)
+    assert not pods.is_current(placed)
