@@ -337,6 +337,13 @@ class Kubernetes(Section, frozen=True):
     use_labels: Annotated[
         bool, _help("Names and versions of services may come from the `app.kubernetes.io/…` labels, too.")
     ] = False
+    peers: Annotated[
+        bool,
+        _help(
+            "Whether called services and pods are named (`service.peer.name`). Costs the API server a watch of all "
+            "services and endpoint slices per node (docs/scale.md), and the agent memory for them."
+        ),
+    ] = False
     wait_seconds: Annotated[
         float,
         Meta(ge=0, le=30),

@@ -34,6 +34,7 @@ FIXED_AT_START: dict[str, str] = {
     "export.queue_spans": "the exporter's queue is made with this bound",
     "kubernetes.enabled": "the watch of pods is begun once",
     "kubernetes.node_name": "the watch of pods is begun once",
+    "kubernetes.peers": "the watches of services are begun once",
     "kubernetes.service_account": "the watch of pods is begun once",
     "kernel": "the probes and the buffer shared with the kernel are set up once",
     "limits.connections": "it is the size of maps in the kernel",

@@ -86,6 +86,9 @@ _KUBE = (
     Metric("spanloom_kube_events_total", "Watch events taken in, bookmarks included.", "counter"),
     Metric("spanloom_kube_relists_total", "Times a watch could not go on and all pods were listed again.", "counter"),
     Metric("spanloom_kube_failures_total", "Failed requests to the API server, by reason.", "counter", ("reason",)),
+    Metric("spanloom_kube_peer_addresses", "Addresses and ports of services and endpoints that have a name.", "gauge"),
+    Metric("spanloom_kube_peers_connected", "1 while the watches of services and endpoint slices are open.", "gauge"),
+    Metric("spanloom_kube_peers_overflowed_total", "Addresses without a name because of the bound.", "counter"),
     Metric("spanloom_kube_spans_without_pod_total", "Spans that left before their pod was known.", "counter"),
     Metric("spanloom_kube_spans_held", "Spans that wait for their pod to be known.", "gauge"),
 )
@@ -151,8 +154,15 @@ def metric_sources(agent: Agent) -> list[Source]:
     def kube() -> dict[str, Any]:
         if agent.cluster is None:
             return {}
-        watcher, batcher = agent.cluster.watcher, agent.batcher
-        return {
+        watcher, batcher, peers = agent.cluster.watcher, agent.batcher, agent.cluster.peers
+        named = {}
+        if peers is not None:
+            named = {
+                "spanloom_kube_peer_addresses": peers.addresses,
+                "spanloom_kube_peers_connected": int(all(one.connected for one in agent.cluster.peer_watchers)),
+                "spanloom_kube_peers_overflowed_total": peers.overflowed,
+            }
+        return named | {
             "spanloom_kube_pods": agent.cluster.directory.pods,
             "spanloom_kube_connected": int(watcher.connected),
             "spanloom_kube_requests_total": {"list": watcher.lists, "watch": watcher.watches},

@@ -40,6 +40,7 @@ class ExchangeProtocol(Protocol):
     """A protocol of ``agent.protocols``: bytes of one exchange -> Call, or ProtocolError when they are not its own."""
 
     def parse(self, exchange: Exchange) -> Call: ...
+    def forget_peers(self) -> None: ...
 
 
 class Sink(Protocol):
@@ -121,6 +122,7 @@ class Pipeline:
         """How long the last sweep took in the kernel, without what it brought."""
         self._source = source
         self._decoder = decoder
+        self._protocols = protocols
         self._parsers = [protocol.parse for protocol in protocols]
         self._processes = processes
         self._selector = selector
@@ -476,9 +478,15 @@ class Pipeline:
 
     def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
         """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
+        self._protocols = protocols
         self._parsers = [protocol.parse for protocol in protocols]
         self._selector = selector
         self._decided.clear()
+
+    def forget_peers(self) -> None:
+        """The names of peers may be others now."""
+        for protocol in self._protocols:
+            protocol.forget_peers()
 
     def replace_sinks(self, make: Callable[[], Sequence[Sink]]) -> list[Sink]:
         """Hand what comes next to other sinks; returns the old ones, which may still hold spans."""

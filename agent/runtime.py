@@ -102,6 +102,7 @@ class Agent:
             pods=self.cluster.directory if self.cluster is not None else None,
         )
         self._placed_generation: object = None
+        self._named_generation = 0
         self.selector = _selector(config)
         self.extractor = Extractor(config.propagation.formats)
         self.stitcher = Stitcher(
@@ -182,6 +183,8 @@ class Agent:
             self.batcher.forget_resource(info.key)
 
     def _protocols(self, config: Config) -> list[ExchangeProtocol]:
+        peers = self.cluster.peers if self.cluster is not None else None
+        names = {"names_of_peer": peers.attributes} if peers is not None else {}
         return [
             protocol(
                 extractor=self.extractor,
@@ -191,6 +194,7 @@ class Agent:
                 redact_query_keys=config.redaction.query_keys,
                 route_patterns=config.routes.patterns,
                 guess_routes=config.routes.guess,
+                **names,
             )
             for protocol in PROTOCOLS
         ]
@@ -317,6 +321,13 @@ class Agent:
         if self.cluster is not None and (generation := self.cluster.directory.generation) != self._placed_generation:
             self._placed_generation = generation
             self.pipeline.reconsider(self.processes.refresh())
+        peers = self.cluster.peers if self.cluster is not None else None
+        if peers is not None and peers.generation != self._named_generation:
+            self._named_generation = peers.generation
+            self.pipeline.forget_peers()
+            for protocols, _ in self._apart.values():
+                for protocol in protocols:
+                    protocol.forget_peers()
 
     def _follow_file(self) -> None:
         """Apply a change of the configuration file, or say why not."""

@@ -48,6 +48,7 @@ Json = dict[str, Any]
 KINDS = {
     "pods": ("v1", "Pod", True),
     "services": ("v1", "Service", True),
+    "endpointslices": ("discovery.k8s.io/v1", "EndpointSlice", True),
     "events": ("v1", "Event", True),
     "configmaps": ("v1", "ConfigMap", True),
     "nodes": ("v1", "Node", False),
@@ -994,6 +995,70 @@ def make_pod(
                 for container, container_id in extra.items()
             ]
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec, "status": status}
+
+
+def make_service(name: str, namespace: str, cluster_ip: str, port: int) -> Json:
+    """A v1 Service with one TCP port; ``cluster_ip`` "None" for a headless one."""
+    moment = timestamp()
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {
+            "name": name,
+            "namespace": namespace,
+            "uid": str(uuid.uuid4()),
+            "creationTimestamp": moment,
+            "labels": {"app.kubernetes.io/name": name},
+            "managedFields": [_managed_fields("helm", moment, ("app",), "")],
+        },
+        "spec": {
+            "clusterIP": cluster_ip,
+            "clusterIPs": [cluster_ip],
+            "internalTrafficPolicy": "Cluster",
+            "ipFamilies": ["IPv4"],
+            "ipFamilyPolicy": "SingleStack",
+            "ports": [{"name": "http", "port": port, "protocol": "TCP", "targetPort": "http"}],
+            "selector": {"app.kubernetes.io/name": name},
+            "sessionAffinity": "None",
+            "type": "ClusterIP",
+        },
+        "status": {"loadBalancer": {}},
+    }
+
+
+def make_endpoint_slice(
+    service: str, namespace: str, pods: Mapping[str, str], port: int, suffix: str = "x7k2p"
+) -> Json:
+    """A discovery.k8s.io/v1 EndpointSlice: ``pods`` maps names to addresses."""
+    moment = timestamp()
+    return {
+        "apiVersion": "discovery.k8s.io/v1",
+        "kind": "EndpointSlice",
+        "metadata": {
+            "name": f"{service}-{suffix}",
+            "generateName": f"{service}-",
+            "namespace": namespace,
+            "uid": str(uuid.uuid4()),
+            "creationTimestamp": moment,
+            "labels": {
+                "kubernetes.io/service-name": service,
+                "endpointslice.kubernetes.io/managed-by": "endpointslice-controller.k8s.io",
+            },
+            "managedFields": [_managed_fields("kube-controller-manager", moment, ("app",), "")],
+        },
+        "addressType": "IPv4",
+        "endpoints": [
+            {
+                "addresses": [address],
+                "conditions": {"ready": True, "serving": True, "terminating": False},
+                "nodeName": "node-a",
+                "targetRef": {"kind": "Pod", "name": pod, "namespace": namespace, "uid": str(uuid.uuid4())},
+                "zone": "zone-a",
+            }
+            for pod, address in pods.items()
+        ],
+        "ports": [{"name": "http", "port": port, "protocol": "TCP"}],
+    }
 
 
 def _container(name: str, image: str) -> Json:

@@ -71,7 +71,7 @@ others. Pod Security admission has to allow the level `privileged` in both modes
 
 | Role | Rule | What for |
 |---|---|---|
-| ClusterRole | get, list, watch pods | names and labels of the pods on the agent's own node |
+| ClusterRole | list, watch pods | names and labels of the pods on the agent's own node |
 | ClusterRole, with `peers.enabled` | list, watch services and endpointslices.discovery.k8s.io | names of peers |
 | Role in the release's namespace | create events | tells on the agent's pod that a configuration was refused |
 

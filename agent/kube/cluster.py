@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,11 @@ from agent.telemetry import event
 
 if TYPE_CHECKING:
     from agent.config import Config
-    from agent.kube.watch import PodWatcher
+    from agent.kube.peers import PeerIndex
+    from agent.kube.watch import PodWatcher, Watcher
+
+MAX_PEER_OBJECTS = 100_000
+"""Services, or endpoint slices, of the whole cluster."""
 
 _log = logging.getLogger("spanloom.kube")
 
@@ -50,7 +56,30 @@ class Cluster:
         )
         self.client = ApiClient(InClusterConfig.load(Path(config.kubernetes.service_account), environ))
         self.watcher: PodWatcher = PodWatcher(self.client, node_name, self.directory.replace, self.directory.change)
+        self.peers: PeerIndex | None = None
+        self.peer_watchers: list[Watcher] = []
+        if config.kubernetes.peers:
+            self._name_peers()
         self._own_pod = tuple(environ.get(name, "") for name in ("POD_NAMESPACE", "POD_NAME", "POD_UID"))
+
+    def _name_peers(self) -> None:
+        from agent.kube import peers
+        from agent.kube.watch import Watched, Watcher, WatchSettings
+
+        self.peers = index = peers.PeerIndex()
+        for kind, path, noun, read, page_objects in (
+            ("service", peers.SERVICES_PATH, "services", peers.read_service, 500),
+            ("slice", peers.SLICES_PATH, "endpointslices", peers.read_slice, 100),  # of a hundred endpoints each
+        ):
+            self.peer_watchers.append(
+                Watcher(
+                    self.client,
+                    Watched(path=path, noun=noun, at_most=MAX_PEER_OBJECTS, shrink=partial(index.shrink, read)),
+                    partial(index.replace, kind),
+                    partial(index.change, read),
+                    WatchSettings(page_objects=page_objects),
+                )
+            )
 
     @classmethod
     def of(cls, config: Config, environ: Mapping[str, str]) -> Cluster | None:
@@ -79,11 +108,14 @@ class Cluster:
 
     def start(self) -> None:
         """Begin to watch."""
-        self.watcher.start()
+        for watcher in (self.watcher, *self.peer_watchers):
+            watcher.start()
 
     def stop(self) -> None:
         """Stop watching; takes at most two seconds."""
-        self.watcher.stop(2.0)
+        deadline = time.monotonic() + 2.0
+        for watcher in (self.watcher, *self.peer_watchers):
+            watcher.stop(max(0.0, deadline - time.monotonic()))
 
     def report(self, reason: str, message: str) -> None:
         """Write an Event about the agent's own pod, without waiting for it; what prevents it is logged."""

@@ -1,9 +1,9 @@
-"""The pods of this node, kept up to date: list, then watch, for as long as the agent runs.
+"""Objects of the API server, kept up to date: list, then watch, for as long as the agent runs.
 
-In: an ``ApiClient`` and the node's name. Out, from one thread and in order: ``on_replace(pods)`` after each list and
-``on_change(type, pod)`` with ``ADDED``, ``MODIFIED`` or ``DELETED`` after each event, and counters. Never: raises
-because the API server is absent, slow, hostile or unwilling, asks it more often than the back-off allows, keeps a pod,
-or changes one.
+In: an ``ApiClient`` and what to watch. Out, from one thread and in order: ``on_replace(objects)`` after each list and
+``on_change(type, object)`` with ``ADDED``, ``MODIFIED`` or ``DELETED`` after each event, and counters. Never: raises
+because the API server is absent, slow, hostile or unwilling, asks it more often than the back-off allows, keeps an
+object, or changes one.
 
 The rules are those of client-go's reflector, because API servers are built for them: the first list is answered from
 the server's cache (``resourceVersion=0``); a watch that breaks goes on from the last version seen; a version that is
@@ -28,7 +28,8 @@ from agent.kube.api import ApiClient, ApiError, Interrupt, status_message
 from agent.telemetry import event
 
 PODS_PATH = "/api/v1/pods"
-_MAX_PODS = 20_000  # of one node; the kubelet's default limit is 110
+MAX_PODS = 20_000
+"""Of one node; the kubelet's default limit is 110."""
 _MAX_RETRY_AFTER_SECONDS = 300.0
 _CHANGES = ("ADDED", "MODIFIED", "DELETED")
 
@@ -38,8 +39,8 @@ _log = logging.getLogger("spanloom.kube")
 class WatchSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Times and sizes of the protocol; the defaults are for clusters, tests shorten them."""
 
-    page_pods: int = 500
-    """Pods per list request. Older API servers ignore it when they answer from their cache."""
+    page_objects: int = 500
+    """Objects per list request. Older API servers ignore it when they answer from their cache."""
 
     watch_min_seconds: float = 240.0
     watch_max_seconds: float = 480.0
@@ -84,7 +85,21 @@ class _RelistError(Exception):
         self.gone = gone
 
 
-class PodWatcher:
+class Watched(msgspec.Struct, frozen=True, kw_only=True):
+    """What a watcher asks for. ``noun`` stands in messages; ``selector`` goes with every request.
+
+    ``shrink`` is applied to each page of a list and turns objects into what ``on_replace`` gets: without it a list of
+    ``at_most`` objects is held whole for a moment.
+    """
+
+    path: str
+    noun: str
+    at_most: int
+    selector: dict[str, str] = {}
+    shrink: Callable[[list[dict[str, Any]]], list[Any]] = list
+
+
+class Watcher:
     """One thread that lists and watches. Counters may be read from any thread; each is monotonic and exact.
 
     ``clock`` is monotonic seconds. ``sleep`` waits that many seconds; the default ends early on ``stop``.
@@ -93,15 +108,15 @@ class PodWatcher:
     def __init__(
         self,
         client: ApiClient,
-        node_name: str,
-        on_replace: Callable[[list[dict[str, Any]]], None],
+        watched: Watched,
+        on_replace: Callable[[list[Any]], None],
         on_change: Callable[[str, dict[str, Any]], None],
         settings: WatchSettings | None = None,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], object] | None = None,
     ) -> None:
         self._client = client
-        self._node_name = node_name
+        self._watched = watched
         self._on_replace = on_replace
         self._on_change = on_change
         self._settings = settings = settings or WatchSettings()
@@ -136,7 +151,7 @@ class PodWatcher:
         """Begin; returns at once. May be called once."""
         if self._thread is not None:
             raise RuntimeError("the watcher was started already")
-        self._thread = threading.Thread(target=self._run, name="kube-pods", daemon=True)
+        self._thread = threading.Thread(target=self._run, name=f"kube-{self._watched.noun}", daemon=True)
         self._thread.start()
 
     def stop(self, timeout: float = 2.0) -> bool:
@@ -179,7 +194,7 @@ class PodWatcher:
     def _list(self) -> None:
         self._listed_at = self._clock()
         try:
-            pods, version = self._read_list(self._settings.page_pods)
+            objects, version = self._read_list(self._settings.page_objects)
         except ApiError as error:
             if error.status not in (410, 504):
                 raise
@@ -188,55 +203,56 @@ class PodWatcher:
             self._version = ""
             if error.status == 504:
                 raise
-            pods, version = self._read_list(0)  # all at once: what expired between pages would expire again
+            objects, version = self._read_list(0)  # all at once: what expired between pages would expire again
         self._version = version
         self._must_list = False
         self._listed_once = True
         self.lists += 1
         self.last_success = self._clock()
-        self._call(self._on_replace, pods)
+        self._call(self._on_replace, objects)
 
-    def _read_list(self, page_pods: int) -> tuple[list[dict[str, Any]], str]:
-        selector = {"fieldSelector": f"spec.nodeName={self._node_name}"}
-        query: dict[str, object] = dict(selector)
-        if page_pods:
-            query["limit"] = page_pods
+    def _read_list(self, page_objects: int) -> tuple[list[Any], str]:
+        watched = self._watched
+        query: dict[str, object] = dict(watched.selector)
+        if page_objects:
+            query["limit"] = page_objects
         if not self._listed_once:
             query["resourceVersion"] = "0"
         elif self._version:
             # Without the match a limit would turn "at least this version" into "exactly this version".
             query |= {"resourceVersion": self._version, "resourceVersionMatch": "NotOlderThan"}
-        pods: list[dict[str, Any]] = []
+        objects: list[Any] = []
         seen_tokens: set[str] = set()
         while True:
-            page = self._client.get(PODS_PATH, query, interrupt=self._interrupt)
+            page = self._client.get(watched.path, query, interrupt=self._interrupt)
             metadata = page.get("metadata")
             items = page.get("items") or []  # null when there is none
             if not isinstance(metadata, dict) or not isinstance(items, list):
-                raise ApiError(0, "malformed", "the API server answered the list of pods with something else")
+                raise ApiError(
+                    0, "malformed", f"the API server answered the list of {watched.noun} with something else"
+                )
             version, token = metadata.get("resourceVersion"), metadata.get("continue") or ""
             if not isinstance(version, str) or not version or not isinstance(token, str):
-                raise ApiError(0, "malformed", "the list of pods has no resourceVersion")
+                raise ApiError(0, "malformed", f"the list of {watched.noun} has no resourceVersion")
             if not all(isinstance(item, dict) for item in items):
-                raise ApiError(0, "malformed", "the list of pods holds something else")
-            pods += items
-            if len(pods) > _MAX_PODS:
-                raise ApiError(0, "too_large", f"more than {_MAX_PODS} pods on node {self._node_name}")
+                raise ApiError(0, "malformed", f"the list of {watched.noun} holds something else")
+            objects += watched.shrink(items)
+            if len(objects) > watched.at_most:
+                raise ApiError(0, "too_large", f"the list of {watched.noun} has more than {watched.at_most} objects")
             if not token:
-                return pods, version
+                return objects, version
             if not items or token in seen_tokens:
-                raise ApiError(0, "malformed", "the list of pods does not end")
+                raise ApiError(0, "malformed", f"the list of {watched.noun} does not end")
             seen_tokens.add(token)
             # A continue token brings its version along; the server refuses another one beside it.
-            query = selector | {"limit": page_pods, "continue": token}
+            query = watched.selector | {"limit": page_objects, "continue": token}
 
     # ------------------------------------------------------------------------------------------------ watch
 
     def _watch(self) -> float:
         settings = self._settings
         asked_seconds = random.uniform(settings.watch_min_seconds, settings.watch_max_seconds)
-        query = {
-            "fieldSelector": f"spec.nodeName={self._node_name}",
+        query = self._watched.selector | {
             "watch": "true",
             "allowWatchBookmarks": "true",
             "resourceVersion": self._version,
@@ -244,7 +260,7 @@ class PodWatcher:
         }
         limit_seconds = asked_seconds + settings.grace_seconds
         try:
-            stream = self._client.stream(PODS_PATH, query, limit_seconds, interrupt=self._interrupt)
+            stream = self._client.stream(self._watched.path, query, limit_seconds, interrupt=self._interrupt)
         except ApiError as error:
             if error.status == 410:
                 raise _RelistError(error, gone=True) from error
@@ -254,7 +270,7 @@ class PodWatcher:
         started = self.last_success = self._clock()
         self.watches += 1
         self.connected = True
-        self._enter("connected", logging.INFO, "kube_connected", node=self._node_name, pods_version=self._version)
+        self._enter("connected", logging.INFO, "kube_connected", watch=self._watched.noun, version=self._version)
         has_events = False
         broken: ApiError | None = None
         try:
@@ -289,12 +305,12 @@ class PodWatcher:
 
     def _take(self, message: dict[str, Any]) -> None:
         """One watch event."""
-        kind, pod = message.get("type"), message.get("object")
-        if not isinstance(pod, dict):
+        kind, thing = message.get("type"), message.get("object")
+        if not isinstance(thing, dict):
             raise ApiError(0, "malformed", "a watch event without an object")
         if kind == "ERROR":
-            self._refused(pod)
-        metadata = pod.get("metadata")
+            self._refused(thing)
+        metadata = thing.get("metadata")
         version = metadata.get("resourceVersion") if isinstance(metadata, dict) else None
         if not isinstance(version, str) or not version:
             raise ApiError(0, "malformed", "a watch event without a resourceVersion")
@@ -303,7 +319,7 @@ class PodWatcher:
         self.events += 1
         self.last_success = self._clock()
         if kind != "BOOKMARK":
-            self._call(self._on_change, kind, pod)
+            self._call(self._on_change, kind, thing)
         self._version = version
 
     def _refused(self, status: dict[str, Any]) -> None:
@@ -336,7 +352,8 @@ class PodWatcher:
         """Count, say it once, and return how long to wait."""
         self.failures[error.reason] += 1
         self.connected = False
-        values = {"status": error.status} if error.status else {}
+        values: dict[str, object] = {"status": error.status} if error.status else {}
+        values["watch"] = self._watched.noun
         self._enter(
             error.reason, logging.WARNING, "kube_unavailable", reason=error.reason, error=error.message, **values
         )
@@ -361,3 +378,21 @@ class PodWatcher:
         if self._state != state:
             self._state = state
             event(_log, name, level=level, **fields)
+
+
+class PodWatcher(Watcher):
+    """The pods of one node."""
+
+    def __init__(
+        self,
+        client: ApiClient,
+        node_name: str,
+        on_replace: Callable[[list[dict[str, Any]]], None],
+        on_change: Callable[[str, dict[str, Any]], None],
+        settings: WatchSettings | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], object] | None = None,
+    ) -> None:
+        selector = {"fieldSelector": f"spec.nodeName={node_name}"}
+        watched = Watched(path=PODS_PATH, noun="pods", at_most=MAX_PODS, selector=selector)
+        super().__init__(client, watched, on_replace, on_change, settings, clock, sleep)

@@ -11,7 +11,7 @@ by value). Every memo is bounded and emptied when full, so hostile variety costs
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Protocol
 
@@ -45,6 +45,8 @@ _REQUEST_CUT = int(Flag.REQUEST_TRUNCATED | Flag.REQUEST_GAP)
 _LENGTH, _UNKNOWN = Framing.LENGTH, Framing.UNKNOWN
 
 _DEFAULT_PORTS = {"https": 443, "wss": 443}
+PEER_NAMES = ("service.peer.name", "service.peer.namespace", "spanloom.peer.pod.name")
+"""What a called peer is named by; different peers may answer the same request."""
 _URL_HEADERS = frozenset((b"referer", b"location", b"content-location"))
 """Captured values of these are URLs and redacted as such."""
 
@@ -91,8 +93,12 @@ class Http1:
         redact_query_keys: Iterable[str] = redaction.DEFAULT_QUERY_KEYS,
         route_patterns: Iterable[str] = (),
         guess_routes: bool = False,
+        names_of_peer: Callable[[bytes, int], Attributes] = lambda address, port: (),
     ) -> None:
         """Take the headers to capture and the rules for URLs. Raises ConfigError for a malformed route pattern.
+
+        ``names_of_peer(address, port)`` has the attributes that name a called peer; they are remembered until
+        ``forget_peers``.
 
         Header names that carry credentials are left out unless ``allow_secret_headers``; ``refused_headers`` has them.
         """
@@ -125,6 +131,8 @@ class Http1:
         self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
         self._peers = Memo(self._peer_group, MEMO_PEERS)
         self._client_peers = Memo(self._client_peer_group, MEMO_PEERS)
+        self._called_peers = Memo(self._called_peer_group, MEMO_PEERS)
+        self._names_of_peer = names_of_peer
         self._repeats: dict[int, _Repeat] = {}
         self._whole_server_answers: dict[bytes, _WholeAnswer] = {}
         self._whole_client_answers: dict[bytes, _WholeAnswer] = {}
@@ -179,7 +187,7 @@ class Http1:
         A hash, so that no head, which may hold secrets, is kept; of 64 bits made from SipHashes with a random seed, and
         the length is compared as well: two different requests of one key are out of reach.
         """
-        others = {"network.peer.address", "network.peer.port", "error.type"}
+        others = {"network.peer.address", "network.peer.port", "error.type", *PEER_NAMES}
         if not is_forwarded:
             others.add("client.address")
         group = AttributeGroup(
@@ -191,7 +199,7 @@ class Http1:
             return
         if len(self._repeats) >= MEMO_TARGETS:
             self._repeats.clear()
-        peers = self._client_peers if is_server and not is_forwarded else self._peers
+        peers = (self._peers if is_forwarded else self._client_peers) if is_server else self._called_peers
         answers = self._whole_server_answers if is_server else self._whole_client_answers
         self._repeats[key] = length, call.name, group, peers, answers, _trace_state(call)
 
@@ -201,6 +209,13 @@ class Http1:
 
     def _client_peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
         return AttributeGroup((*self._peer_group(key), *self._addresses[key[0]][1]))
+
+    def _called_peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
+        return AttributeGroup((*self._peer_group(key), *self._names_of_peer(*key)))
+
+    def forget_peers(self) -> None:
+        """Ask for the names of peers again."""
+        self._called_peers.clear()
 
     def _parse_anew(self, exchange: Exchange) -> tuple[Call, _Target | None, bool]:
         """Parse line by line. Also returns the target, None when the request is not to be remembered, and whether
@@ -235,7 +250,7 @@ class Http1:
             target = self._client_targets.get((request_line, host)) or self._client_target(
                 request_line, host, peer_address, exchange.remote_port
             )
-            client = ()
+            client = self._names_of_peer(exchange.remote_address, exchange.remote_port)
             answers = self._client_answers
         attributes, name, meaning = target
         is_forwarded = False
@@ -246,7 +261,7 @@ class Http1:
         others: tuple[TraceContext, ...] = ()
         decision: bool | None = None
         if fields:
-            if client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
+            if exchange.role == _SERVER and client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
                 forwarded = syntax.read_forwarded(
                     syntax.first(fields.get(b"forwarded")), syntax.first(fields.get(b"x-forwarded-for"))
                 )

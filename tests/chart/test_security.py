@@ -98,7 +98,7 @@ def test_the_service_account_token_is_mounted_by_the_agent_only(objects, case):
         assert accounts[0]["automountServiceAccountToken"] is False
 
 
-PODS = {"apiGroups": [""], "resources": ["pods"], "verbs": ["get", "list", "watch"]}
+PODS = {"apiGroups": [""], "resources": ["pods"], "verbs": ["list", "watch"]}
 SERVICES = {"apiGroups": [""], "resources": ["services"], "verbs": ["list", "watch"]}
 SLICES = {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]}
 EVENTS = {"apiGroups": [""], "resources": ["events"], "verbs": ["create"]}

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.apiserver import ApiServer, make_pod
+from tests.apiserver import ApiServer, make_endpoint_slice, make_pod, make_service
 from tests.collector import CollectedSpan, Collector
 from tests.e2e import servers
 from tests.e2e.harness import AgentProcess, curl, free_port, one, wait_until
@@ -227,6 +227,41 @@ def test_an_invalid_file_is_an_event_of_the_pod(api, in_cluster, tmp_path: Path)
     assert event["involvedObject"]["name"] == "spanloom-x"
     assert event["reason"] == "ConfigRefused"
     assert "sampling.ratio" in event["message"]
+
+
+def test_called_services_are_named(containers, api, in_cluster, serve, public_path: Path):
+    """Only when asked for: the client's span says which service and pod it called, and follows when that changes."""
+    port, uid = free_port(), str(uuid.uuid4())
+    container = containers(uid)
+    api.put(make_pod("cart-a", "shop", NODE, {"app": container.id}, uid=uid))
+    behind = make_endpoint_slice("cart", "shop", {"cart-a": "127.0.0.1"}, port)
+    api.put(behind)
+    api.put(make_service("cart", "shop", "10.96.0.7", 80))
+    tracing = in_cluster([port], {"kubernetes.peers": True})
+    wait_until(lambda: tracing.metrics().get("spanloom_kube_peer_addresses") == 2, lambda: tracing.state())
+    serve(container.wrap(servers.python_threads(port, public_path)), port)
+    for _ in range(3):
+        ask(port)
+    wait_until(lambda: len(tracing.spans(port, "CLIENT")) == 3, lambda: tracing.state())
+    for span in tracing.spans(port, "CLIENT"):
+        names = {key: value for key, value in span.attributes.items() if "peer" in key and "network" not in key}
+        assert names == {
+            "service.peer.name": "cart",
+            "service.peer.namespace": "shop",
+            "spanloom.peer.pod.name": "cart-a",
+        }
+    assert not [key for span in served(tracing, port, 3) for key in span.attributes if key.startswith("service.")]
+    assert tracing.metrics()["spanloom_kube_peers_connected"] == 1
+    api.delete("shop", behind["metadata"]["name"], "endpointslices")
+    wait_until(lambda: tracing.metrics()["spanloom_kube_peer_addresses"] == 1, lambda: tracing.state())
+    wait_until(lambda: ask(port) or "service.peer.name" not in tracing.spans(port, "CLIENT")[-1].attributes, "no name")
+
+
+def test_no_names_of_peers_by_default(api, in_cluster):
+    """The cluster's services are not asked for unless the operator wants them."""
+    tracing = in_cluster([free_port()])
+    wait_until(lambda: tracing.metrics().get("spanloom_kube_connected") == 1, "the watch")
+    assert {request.resource for request in api.requests} == {"pods"}
 
 
 def test_churn(containers, api, in_cluster, start, public_path: Path):

@@ -681,6 +681,29 @@ def test_a_target_that_was_cut_inside_its_authority() -> None:
     assert dict(call.attributes)["url.full"] == "http://REDACTED:REDACTED@host/pa"
 
 
+def test_called_peers_are_named() -> None:
+    """Clients name what they called, also in repeated requests, until the names are to be forgotten; servers do not."""
+    asked = []
+
+    def names(address: bytes, port: int):
+        asked.append(port)
+        return (("service.peer.name", f"service-{port}-{len(asked)}"),)
+
+    http = parser(names_of_peer=names)
+    for role in (Role.SERVER, Role.CLIENT):
+        for _ in range(3):
+            found = dict(http.parse(exchange(role=role, remote_port=80)).all_attributes()).get("service.peer.name")
+            assert found == (None if role is Role.SERVER else "service-80-1" if len(asked) == 1 else "service-80-2")
+    assert len(asked) == 2, "once for the first request, once for its repetitions"
+    assert dict(http.parse(exchange(role=Role.CLIENT, remote_port=81)).all_attributes())["service.peer.name"] == (
+        "service-81-3"
+    )
+    http.forget_peers()
+    assert dict(http.parse(exchange(role=Role.CLIENT, remote_port=80)).all_attributes())["service.peer.name"] == (
+        "service-80-4"
+    )
+
+
 @pytest.mark.parametrize("end", End)
 def test_bytes_that_begin_no_response(end: End) -> None:
     """An exchange that ended with nothing but other bytes is no HTTP; behind a running response they are its rest."""

@@ -24,6 +24,12 @@ so that a value never loses in silence. Null sections are left out, as the agent
 {{- if hasKey $kubernetes "enabled" -}}
 {{- fail "config.kubernetes.enabled: the chart sets it, remove it" -}}
 {{- end -}}
+{{- if hasKey $kubernetes "peers" -}}
+{{- fail "config.kubernetes.peers: set peers.enabled instead" -}}
+{{- end -}}
+{{- if .Values.peers.enabled -}}
+{{- $_ := set $kubernetes "peers" true -}}
+{{- end -}}
 {{- $_ := set $config "kubernetes" (set $kubernetes "enabled" "on") -}}
 
 {{- $telemetry := default (dict) $config.telemetry -}}

@@ -175,7 +175,7 @@ def test_a_continue_token_that_expires_between_pages(server, watching, monkeypat
         return get(self, path, query, **options)
 
     monkeypatch.setattr(ApiClient, "get", compacting)
-    watcher, seen = watching(server, page_pods=10)
+    watcher, seen = watching(server, page_objects=10)
     assert seen.wait_for(lambda seen: seen.replaces == [30])
     assert [request.query.get("limit") for request in lists(server)] == ["10", "10", None]
     assert not watcher.failures
@@ -421,10 +421,10 @@ def test_a_list_without_end_is_given_up(server, watching, monkeypatch):
     data = json.dumps(page).encode()
     raw = b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n%b" % (len(data), data)
     server.fail_next(Failure(raw=raw), Failure(raw=raw))
+    monkeypatch.setattr(watch_module, "MAX_PODS", 3)
     watcher, seen = watching(server)
     assert seen.wait_for(lambda seen: seen.replaces == [0])
     assert watcher.failures == {"malformed": 1}
-    monkeypatch.setattr(watch_module, "_MAX_PODS", 3)
     for number in range(4):
         server.put(make_pod(f"pod-{number}"))
     assert eventually(lambda: len(seen.pods) == 4)
