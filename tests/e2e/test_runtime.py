@@ -159,9 +159,9 @@ def run_agent(*overrides: str, **options: object) -> subprocess.CompletedProcess
 
 
 def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
-    """The exit code, and an error of one line that says these words."""
+    """The exit code, and an error of one line that says these words, with no event of the log beside it."""
     assert result.returncode == code, result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith("{")]
+    lines = result.stderr.splitlines()
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("spanloom: ")
     for word in words:
