@@ -19,13 +19,12 @@ from pathlib import Path
 import msgspec
 
 from agent.kernel._libbpf import ffi, lib
-from agent.kernel.capture import effective_capabilities
+from agent.kernel.refusals import ENOTSUPP, effective_capabilities
 
 YES, NO, REFUSED = "yes", "no", "refused"
 REQUIRED, NICER, LATER, UNUSED = "required", "nicer", "later", "unused"
 
 _REFUSALS = frozenset((errno.EPERM, errno.EACCES))
-_ENOTSUPP = 524  # the kernel's own, include/linux/errno.h: the C library has no name for it
 
 # include/uapi/linux/bpf.h
 _BPF_MAP_CREATE = 0
@@ -70,8 +69,8 @@ def may_trace() -> bool:
 
 def _failed(code: int, action: str, remedy: str = "") -> Finding:
     code = abs(code)
-    name = "ENOTSUPP" if code == _ENOTSUPP else errno.errorcode.get(code, str(code))
-    reason = "not supported" if code == _ENOTSUPP else os.strerror(code)
+    name = "ENOTSUPP" if code == ENOTSUPP else errno.errorcode.get(code, str(code))
+    reason = "not supported" if code == ENOTSUPP else os.strerror(code)
     return Finding(REFUSED if code in _REFUSALS else NO, f"{action}: {reason}", name, remedy)
 
 
