@@ -253,3 +253,14 @@ def test_check_without_btf():
     assert document["exit_code"] == 4
     assert document["checks"]["btf"]["state"] == "no"
     assert "CONFIG_DEBUG_INFO_BTF" in document["checks"]["btf"]["remedy"]
+
+
+def test_check_without_the_tracepoints_of_sockets(btf_without_sockets: str):
+    """The row says which is missing and what it costs; ``run`` works all the same, with the other backend."""
+    document = check(btf_without_sockets)
+    row = document["checks"]["socket_tracepoints"]
+    assert row["state"] == "no"
+    assert row["detail"].startswith("tcp_sendmsg_locked: ")
+    assert "6.16" in row["remedy"]
+    assert document["checks"]["capture"]["detail"].startswith("backend syscalls;")
+    assert document["exit_code"] == 0
