@@ -136,7 +136,6 @@ class Capture:
         self._buffer = ffi.new("unsigned char[]", BATCH_BYTES)
         self._offsets = ffi.new("uint32_t[]", BATCH_SLOTS)
         self._cpus = lib.libbpf_num_possible_cpus()
-        self._counter_values = ffi.new("uint64_t[]", self._cpus)
 
     def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
@@ -199,13 +198,14 @@ class Capture:
         lib.bpf_map_update_elem(self._maps["processes"], key, value, 0)
 
     def counters(self) -> dict[str, int]:
-        """Sum the per-CPU counters of ``enum counter``, by lower-case name."""
+        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time."""
         result = {}
         key = ffi.new("uint32_t *")
+        values = ffi.new("uint64_t[]", self._cpus)  # of this call alone: the look-up lets other threads run
         for index, name in enumerate(self.layout.counters):
             key[0] = index
-            lib.bpf_map_lookup_elem(self._maps["counters"], key, self._counter_values)
-            result[name] = sum(ffi.unpack(self._counter_values, self._cpus))
+            lib.bpf_map_lookup_elem(self._maps["counters"], key, values)
+            result[name] = sum(ffi.unpack(values, self._cpus))
         return result
 
     def connections(self) -> int:
