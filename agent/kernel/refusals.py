@@ -107,7 +107,7 @@ def explain(code: int, action: str, log: str, machine: Machine) -> SpanloomError
     said = [line.strip() for line in log.splitlines() if line.strip()]
     reason = "not supported" if code == ENOTSUPP else os.strerror(code)
     verdict = _verdict(said)
-    if machine.lockdown == "confidentiality" and (code in _REFUSALS or "bpf_probe_read" in verdict):
+    if machine.lockdown == "confidentiality" and ("bpf_probe_read" in verdict if verdict else code in _REFUSALS):
         # Programs may load as long as they do not call the helpers that read kernel memory, which the verifier does not
         # know then (bpf_base_func_proto in kernel/bpf/helpers.c).
         return TracingRefusedError(

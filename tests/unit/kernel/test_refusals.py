@@ -108,6 +108,7 @@ UNSUPPORTED, REFUSED, PRIVILEGE, OTHER = KernelUnsupportedError, TracingRefusedE
         (errno.EINVAL, LOAD, NO_HELPER, machine(lockdown="integrity"), UNSUPPORTED, 4, ("bpf_probe_read_kernel",)),
         (errno.EPERM, LOAD, NO_MAP, machine(lockdown="integrity"), REFUSED, 5, ("seccomp", "spanloom check")),
         (errno.E2BIG, LOAD, TOO_LARGE, machine(lockdown="confidentiality"), UNSUPPORTED, 4, ("too large",)),
+        (errno.EACCES, LOAD, UNSAFE, machine(lockdown="confidentiality"), UNSUPPORTED, 4, ("access beyond",)),
         # Memory: of the cgroup, or RLIMIT_MEMLOCK before 5.11, where the kernel says EPERM.
         (errno.ENOMEM, LOAD, NO_MEMORY, machine(), OTHER, 1, ("cgroup", "limits.connections", "Kubernetes")),
         (errno.ENOMEM, LOAD, UNSAFE, machine(), OTHER, 1, ("cgroup",)),
