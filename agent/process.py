@@ -331,15 +331,16 @@ class ProcessTable:
 class Selector:
     """Which processes are traced: those that match an ``include`` glob and no ``exclude`` glob, never the agent itself.
 
-    The globs are ``fnmatch`` patterns, case-sensitive, on the executable's name or its whole path. An empty
-    ``include`` selects nothing. A process whose name is unknown is matched by ``*`` only. In a pod, the rules for pods
-    must select it as well; outside of pods, ``host`` must be true.
+    The globs are ``fnmatch`` patterns, case-sensitive: one with a ``/`` is for the executable's whole path, one without
+    for its name alone. An empty ``include`` selects nothing. A process whose name is unknown is matched by ``*`` only,
+    one whose path is unknown by no glob with a ``/``. In a pod, the rules for pods must select it as well; outside of
+    pods, ``host`` must be true.
     """
 
     def __init__(self, include: Sequence[str], exclude: Sequence[str], own_tgid: int, *, host: bool = True) -> None:
         self._host = host
-        self._include = _matcher(include)
-        self._exclude = _matcher(exclude)
+        self._include_name, self._include_path = _matchers(include)
+        self._exclude_name, self._exclude_path = _matchers(exclude)
         self._own_tgid = own_tgid
 
     def selects(self, info: ProcessInfo) -> bool:
@@ -348,12 +349,20 @@ class Selector:
         if not (self._host if info.placement is None else info.placement.selected):
             return False
         name, path = info.executable_name, info.executable_path
-        if self._exclude(name) is not None or (path and self._exclude(path) is not None):
+        if self._exclude_name(name) is not None or (path and self._exclude_path(path) is not None):
             return False
-        return self._include(name) is not None or (path != "" and self._include(path) is not None)
+        return self._include_name(name) is not None or (path != "" and self._include_path(path) is not None)
 
 
-def _matcher(globs: Sequence[str]) -> Callable[[str], re.Match[str] | None]:
+_Match = Callable[[str], re.Match[str] | None]
+
+
+def _matchers(globs: Sequence[str]) -> tuple[_Match, _Match]:
+    """What matches names, and what matches paths."""
+    return _matcher([glob for glob in globs if "/" not in glob]), _matcher([glob for glob in globs if "/" in glob])
+
+
+def _matcher(globs: Sequence[str]) -> _Match:
     """One expression for all globs; without a glob it matches nothing."""
     return re.compile("|".join(map(fnmatch.translate, globs)) if globs else r"(?!)").match
 

@@ -343,9 +343,13 @@ class Agent:
             event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
 
     def close(self) -> None:
-        """Stop capturing, export what is complete, release everything. Takes less than 5 s."""
+        """Stop capturing, export what is complete, release everything. Takes less than 5 s.
+
+        An agent that never captured has no books to tell of: what stopped it is the only line of its log.
+        """
+        captured = self._attached
         try:
-            if self._attached:
+            if captured:
                 self._attached = False
                 self.capture.detach()
                 self.capture.hasten()
@@ -357,16 +361,17 @@ class Agent:
                 self.cluster.stop()
             if self.exporter is not None:
                 self.exporter.close(SHUTDOWN_SECONDS)
-            books = self.pipeline.books()
-            event(
-                _log,
-                "stopped",
-                begun=books.begun,
-                handed_over=books.handed_over,
-                sampled_out=books.sampled_out,
-                dropped=sum(books.dropped.values()),
-                in_flight=books.in_flight,
-            )
+            if captured:
+                books = self.pipeline.books()
+                event(
+                    _log,
+                    "stopped",
+                    begun=books.begun,
+                    handed_over=books.handed_over,
+                    sampled_out=books.sampled_out,
+                    dropped=sum(books.dropped.values()),
+                    in_flight=books.in_flight,
+                )
             self.telemetry.stop()
             self.capture.close()
 

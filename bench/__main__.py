@@ -1,6 +1,7 @@
 """``python -m bench``: the cost of the agent on this machine, as a table and as one JSON document.
 
-Every figure is a ratio or a count within one run; nothing here passes or fails. Needs root and two cores: the agent is
+Every figure is a ratio or a count within one run, its target is printed beside it where it has one; nothing here passes
+or fails. Needs root and two cores: the agent is
 pinned to core 1, what it is measured against to core 0.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import shutil
@@ -23,7 +25,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from bench.generator import SPANS_PER_TRACE, Generator
+from bench.generator import Generator
+
+TARGETS = {
+    "throughput_ratio": 0.80,
+    "cpu_us_per_span": 12.0,
+    "complete_percent": 100.0,
+    "memory_mb": 80.0,
+    "seconds_to_first_span": 2.0,
+}
+"""What is aimed at, whatever the machine: at least the first and the third, at most the others."""
+CPU_TARGET_FROM, COMPLETE_TARGET_AT = 5000, 20000
+"""Spans per second from which on, and at which, these targets hold: fewer spans share the agent's idle turns."""
 
 BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 TICKS = os.sysconf("SC_CLK_TCK")
@@ -124,22 +137,21 @@ def measure_spans(rate: float, seconds: float, *settings: str) -> dict[str, floa
             settle(generator, counter)
             written, counted = generator.written, collected(counter)
             before, began = cpu_seconds(pid), time.monotonic()
-            if rate:
-                generator.run(rate, seconds)
-            else:
-                saturate(generator, seconds)
+            due = generator.run(rate, seconds) if rate else saturate(generator, seconds)
             settle(generator, counter)
             used, took = cpu_seconds(pid) - before, time.monotonic() - began
             written, counted = generator.written - written, collected(counter) - counted
+            due = due or written
             rss, peak = memory_mb(pid)
             lost = sample(url, "spanloom_exchanges_dropped_total") + sample(url, "spanloom_export_dropped_total")
             generator.close()
             return {
                 "rate": rate or round(written / took),
+                "due": due,
                 "spans": counted,
                 "cpu_us_per_span": round(used / max(counted, 1) * 1e6, 2),
-                "complete_percent": round(100 * counted / max(written, 1), 3),
-                "refused_by_full_ring": generator_refusals(written, rate, seconds),
+                "complete_percent": complete_percent(counted, due),
+                "refused_by_full_ring": due - written,
                 "dropped": lost,
                 "core_percent": round(100 * used / took, 1),
                 "rss_mb": round(rss, 1),
@@ -161,20 +173,18 @@ def middle_of(runs: list[dict[str, float]]) -> dict[str, float]:
     return middle
 
 
-def generator_refusals(written: int, rate: float, seconds: float) -> int:
-    """Spans that were due and not written, because the ring buffer was full (0 at full speed: it waits there)."""
-    if not rate:
-        return 0
-    due = int(rate / SPANS_PER_TRACE * seconds) * SPANS_PER_TRACE
-    return max(0, due - written - SPANS_PER_TRACE * 64)
+def complete_percent(counted: int, due: int) -> float:
+    """Spans that arrived of those that were due, cut and not rounded: 100 means all."""
+    return math.floor(100_000 * counted / max(due, 1)) / 1000
 
 
-def saturate(generator: Generator, seconds: float) -> None:
-    """Keep the ring buffer filled."""
+def saturate(generator: Generator, seconds: float) -> int:
+    """Keep the ring buffer filled. Returns 0: what does not fit is tried again, so nothing is due at a time."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         generator.write(640)
         time.sleep(0.002)
+    return 0
 
 
 def settle(generator: Generator, counter: subprocess.Popen) -> None:
@@ -363,8 +373,9 @@ def table(result: dict) -> str:
         for web in result["nginx"]:
             lines += [
                 f"nginx, one saturated worker, backend {web['backend']} (agent and load generator on the other core)",
-                f"  requests/s attached / not attached   {web['throughput_ratio']:.3f}   "
-                f"({web['requests_per_second_traced']} / {web['requests_per_second_plain']}, worker busy "
+                f"  requests/s attached / not attached   {web['throughput_ratio']:.3f}   (target: at least "
+                f"{TARGETS['throughput_ratio']:.2f})",
+                f"  ({web['requests_per_second_traced']} / {web['requests_per_second_plain']}, worker busy "
                 f"{web['worker_busy_percent_traced']:.0f} % / {web['worker_busy_percent_plain']:.0f} %)",
                 f"  the same by the worker's CPU time per request   {web['capacity_ratio']:.3f}",
                 f"  exchanges dropped   {web['dropped']} of {web['begun']}",
@@ -378,18 +389,36 @@ def table(result: dict) -> str:
             lines.append("")
     if "spans" in result:
         lines += [
-            "agent, from ring-buffer record to acknowledged OTLP",
-            "  spans/s   CPU µs/span   complete %   core %   RSS MB   peak MB   dropped",
+            "agent, from ring-buffer record to acknowledged OTLP (each figure with its target)",
+            "  spans/s     CPU µs/span      complete %   ring full   dropped   core %      RSS MB     peak MB",
         ]
         lines += [
-            f"  {one['rate']:>7.0f} {one['cpu_us_per_span']:>13} {one['complete_percent']:>12} "
-            f"{one['core_percent']:>8} {one['rss_mb']:>8} {one['peak_mb']:>9} {one['dropped']:>9.0f}"
+            f"  {one['rate']:>7.0f} {_cpu(one):>15} {_complete(one):>15} {one['refused_by_full_ring']:>11} "
+            f"{one['dropped']:>9.0f} {one['core_percent']:>8} "
+            f"{_memory(one['rss_mb']):>11} {_memory(one['peak_mb']):>11}"
             for one in result["spans"]
         ]
         lines.append("")
     if "start" in result:
-        lines.append(f"start to first span: {result['start']['seconds_to_first_span']} s")
+        lines.append(
+            f"start to first span: {result['start']['seconds_to_first_span']} s "
+            f"(target: at most {TARGETS['seconds_to_first_span']:g} s)"
+        )
     return "\n".join(lines)
+
+
+def _cpu(one: dict[str, float]) -> str:
+    target = f" ≤ {TARGETS['cpu_us_per_span']:g}" if one["rate"] >= CPU_TARGET_FROM else ""
+    return f"{one['cpu_us_per_span']:.2f}{target:<5}"
+
+
+def _complete(one: dict[str, float]) -> str:
+    target = f" = {TARGETS['complete_percent']:g}" if one["rate"] == COMPLETE_TARGET_AT else ""
+    return f"{one['complete_percent']:.3f}{target:<6}"
+
+
+def _memory(megabytes: float) -> str:
+    return f"{megabytes:.1f} ≤ {TARGETS['memory_mb']:g}"
 
 
 def main() -> int:
@@ -421,6 +450,7 @@ def main() -> int:
     if "start" in parts:
         print("measuring the start …", file=sys.stderr)
         result["start"] = measure_start(3)
+    result["targets"] = TARGETS
     print(table(result))
     print(json.dumps(result))
     return 0

@@ -24,6 +24,22 @@ int BPF_PROG(check_tp_btf, struct pt_regs *regs, long number)
 	return 0;
 }
 
+/* Why: the way in of the socket backend, which needs them all: sockets.bpf.h says what each is for, and since when it
+ * exists. SOCKET_TRACEPOINTS of agent/kernel/capture.py has the same names.
+ */
+#define SOCKET_TRACEPOINT(name)                                                                                        \
+	SEC("tp_btf/" #name)                                                                                           \
+	int check_socket_##name(void *context)                                                                         \
+	{                                                                                                              \
+		return 0;                                                                                              \
+	}
+
+SOCKET_TRACEPOINT(tcp_sendmsg_locked)
+SOCKET_TRACEPOINT(sock_send_length)
+SOCKET_TRACEPOINT(sock_recv_length)
+SOCKET_TRACEPOINT(tcp_rcv_space_adjust)
+SOCKET_TRACEPOINT(sched_switch)
+
 /* Why: how the capture finds the connections that have gone quiet. */
 SEC("iter/bpf_map_elem")
 int check_map_iter(struct bpf_iter__bpf_map_elem *context)

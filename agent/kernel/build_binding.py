@@ -86,27 +86,39 @@ ffibuilder.set_source(
 #include <unistd.h>
 
 /* What libbpf said since the last reset; kept for the error message, never printed by itself. Bounded: the end of the
- * text is what names the cause, so a full buffer drops its first half. */
+ * text is what names the cause, so a full buffer drops what is oldest. One message alone may be longer than the buffer:
+ * the verifier's whole log is one, of up to 16 MB. */
 static char log_text[65536];
 static size_t log_used;
 
 static int keep_log(enum libbpf_print_level level, const char *format, va_list arguments)
 {
-    int written;
+    const size_t room = sizeof(log_text) - 1;
+    va_list again;
+    size_t kept, excess;
+    char *message;
+    int length;
 
     if (level == LIBBPF_DEBUG)
         return 0;
-    if (log_used > sizeof(log_text) / 2) {
-        memmove(log_text, log_text + log_used / 2, log_used - log_used / 2);
-        log_used -= log_used / 2;
-    }
-    written = vsnprintf(log_text + log_used, sizeof(log_text) - log_used, format, arguments);
-    if (written > 0) {
-        log_used += written;
-        if (log_used >= sizeof(log_text))
-            log_used = sizeof(log_text) - 1;
-    }
-    return written;
+    va_copy(again, arguments);
+    length = vsnprintf(NULL, 0, format, again);
+    va_end(again);
+    if (length <= 0)
+        return length;
+    message = malloc((size_t)length + 1);
+    if (!message)
+        return 0;
+    vsnprintf(message, (size_t)length + 1, format, arguments);
+    kept = (size_t)length < room ? (size_t)length : room;
+    excess = log_used + kept > room ? log_used + kept - room : 0;
+    log_used -= excess;
+    memmove(log_text, log_text + excess, log_used);
+    memcpy(log_text + log_used, message + length - kept, kept);
+    log_used += kept;
+    log_text[log_used] = 0;
+    free(message);
+    return length;
 }
 
 static void spanloom_log_reset(void)

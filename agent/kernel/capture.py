@@ -6,7 +6,6 @@ Raises the errors of ``agent.errors`` with what to do; never parses a record.
 
 from __future__ import annotations
 
-import errno
 import os
 import platform
 import time
@@ -16,9 +15,10 @@ from typing import Any
 
 import msgspec
 
-from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError, TracingRefusedError
+from agent.errors import KernelUnsupportedError, SpanloomError
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
+from agent.kernel.refusals import LOAD, Machine, explain, unmet, unreadable
 
 BATCH_BYTES = 128 << 10
 """Bytes drained per call: large enough that the call does not matter, small enough that a batch and everything made of
@@ -95,10 +95,11 @@ class Capture:
             raise
 
     def _open(self, settings: CaptureSettings, path: Path) -> None:
-        require_tracing_privileges()
+        if (error := unmet(Machine.this())) is not None:
+            raise error
         self._object = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
         if self._object == ffi.NULL:
-            raise _load_error(ffi.errno, "open")
+            raise unreadable(ffi.errno, path.name, _libbpf_log())
         self.layout = WireLayout.from_descriptions(self._describe)
         process = parse_struct("process", self._describe("process"))
         if process.fields != ("start_ns", "state", "served"):
@@ -117,9 +118,9 @@ class Capture:
         for backend, names in _BACKENDS.items():
             for name in names:
                 lib.bpf_program__set_autoload(self._program(name), backend == self.backend)
-        error = lib.bpf_object__load(self._object)
-        if error:
-            raise _load_error(-error, "load")
+        code = -lib.bpf_object__load(self._object)
+        if code:
+            raise _refusal(code, LOAD)
         self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
         self._settings: dict[str, Any] = {}
         self._ports: dict[int, int] = {}
@@ -131,11 +132,10 @@ class Capture:
         self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
         self._drain = lib.spanloom_drain_new(lib.bpf_map__fd(self._map("records")))
         if self._drain == ffi.NULL:
-            raise _load_error(ffi.errno, "map the ring buffer")
+            raise _refusal(ffi.errno, "map the ring buffer")
         self._buffer = ffi.new("unsigned char[]", BATCH_BYTES)
         self._offsets = ffi.new("uint32_t[]", BATCH_SLOTS)
         self._cpus = lib.libbpf_num_possible_cpus()
-        self._counter_values = ffi.new("uint64_t[]", self._cpus)
 
     def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
@@ -144,12 +144,12 @@ class Capture:
         for name in self._programs:
             link = lib.bpf_program__attach(self._program(name))
             if link == ffi.NULL:
-                raise _load_error(ffi.errno, f"attach {name}")
+                raise _refusal(ffi.errno, f"attach the probe {name}")
             self._links.append(link)
         self._release_sweep()
         self._iter_link = lib.spanloom_attach_map_iter(self._program("sweep"), self._map("connections"))
         if self._iter_link == ffi.NULL:
-            raise _load_error(ffi.errno, "attach sweep")
+            raise _refusal(ffi.errno, "attach the probe sweep")
         self._capturing[0] = 1
 
     def wait(self, timeout_seconds: float) -> bool:
@@ -199,13 +199,14 @@ class Capture:
         lib.bpf_map_update_elem(self._maps["processes"], key, value, 0)
 
     def counters(self) -> dict[str, int]:
-        """Sum the per-CPU counters of ``enum counter``, by lower-case name."""
+        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time."""
         result = {}
         key = ffi.new("uint32_t *")
+        values = ffi.new("uint64_t[]", self._cpus)  # of this call alone: the look-up lets other threads run
         for index, name in enumerate(self.layout.counters):
             key[0] = index
-            lib.bpf_map_lookup_elem(self._maps["counters"], key, self._counter_values)
-            result[name] = sum(ffi.unpack(self._counter_values, self._cpus))
+            lib.bpf_map_lookup_elem(self._maps["counters"], key, values)
+            result[name] = sum(ffi.unpack(values, self._cpus))
         return result
 
     def connections(self) -> int:
@@ -394,7 +395,7 @@ class Capture:
     @staticmethod
     def _check(error: int) -> None:
         if error:
-            raise _load_error(-error, "prepare maps")
+            raise _refusal(-error, "prepare the maps")
 
 
 SOCKET_TRACEPOINTS = (
@@ -431,60 +432,9 @@ def give_memory_back() -> None:
     lib.spanloom_give_memory_back()
 
 
-def require_tracing_privileges() -> None:
-    """Fail early, with the remedy, on what loading would fail on anyway.
-
-    Raises PrivilegeError without root or CAP_BPF + CAP_PERFMON (or CAP_SYS_ADMIN), KernelUnsupportedError without BTF.
-    """
-    effective = effective_capabilities()
-    admin, perfmon, bpf = 1 << 21, 1 << 38, 1 << 39  # include/uapi/linux/capability.h
-    if not effective & admin and (effective & (perfmon | bpf)) != perfmon | bpf:
-        raise PrivilegeError(
-            "tracing needs root, or CAP_BPF and CAP_PERFMON (and CAP_SYS_PTRACE to name processes): "
-            "run it with sudo, or as a privileged container with hostPID"
-        )
-    if not os.path.exists("/sys/kernel/btf/vmlinux"):
-        raise KernelUnsupportedError(
-            "this kernel offers no BTF (/sys/kernel/btf/vmlinux): it needs CONFIG_DEBUG_INFO_BTF=y, "
-            "which distribution kernels have from 5.8 on"
-        )
+def _refusal(code: int, action: str) -> SpanloomError:
+    return explain(code, action, _libbpf_log(), Machine.this())
 
 
-def effective_capabilities() -> int:
-    """The effective capability set of this process as a bit mask (proc(5), CapEff)."""
-    with open("/proc/self/status", encoding="ascii", errors="replace") as status:
-        for line in status:
-            if line.startswith("CapEff:"):
-                return int(line.split()[1], 16)
-    return 0
-
-
-def _load_error(code: int, action: str) -> SpanloomError:
-    """Map an errno of libbpf to our error, with the last thing libbpf said about it."""
-    said = ffi.string(lib.spanloom_log()).decode("utf-8", "replace").strip().splitlines()
-    detail = f" ({said[-1].strip()[:200]})" if said else ""
-    reason = os.strerror(code)
-    if code in (errno.EPERM, errno.EACCES) and not any("processed" in line for line in said):
-        lockdown = _lockdown()
-        if lockdown == "confidentiality":
-            return TracingRefusedError(
-                "the kernel is locked down (confidentiality), which forbids reading kernel memory from BPF: "
-                "boot with lockdown=integrity or none"
-            )
-        return TracingRefusedError(
-            f"the kernel refuses to {action} the probes: {reason}; run `spanloom check` to see what is allowed{detail}"
-        )
-    if code in (errno.EINVAL, errno.EOPNOTSUPP, errno.ESRCH, errno.ENOENT, errno.E2BIG, errno.ENOTSUP):
-        return KernelUnsupportedError(
-            f"this kernel ({platform.release()}) cannot {action} the probes: {reason}; Spanloom needs Linux 5.10 or "
-            f"later; run `spanloom check`{detail}"
-        )
-    return SpanloomError(f"cannot {action} the probes: {reason}{detail}")
-
-
-def _lockdown() -> str:
-    try:
-        with open("/sys/kernel/security/lockdown", encoding="ascii") as state:
-            return state.read().split("[", 1)[1].split("]", 1)[0]
-    except (OSError, IndexError):
-        return "none"
+def _libbpf_log() -> str:
+    return ffi.string(lib.spanloom_log()).decode("utf-8", "replace")

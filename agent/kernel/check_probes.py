@@ -19,13 +19,13 @@ from pathlib import Path
 import msgspec
 
 from agent.kernel._libbpf import ffi, lib
-from agent.kernel.capture import effective_capabilities
+from agent.kernel.capture import SOCKET_TRACEPOINTS
+from agent.kernel.refusals import ENOTSUPP, effective_capabilities
 
 YES, NO, REFUSED = "yes", "no", "refused"
 REQUIRED, NICER, LATER, UNUSED = "required", "nicer", "later", "unused"
 
 _REFUSALS = frozenset((errno.EPERM, errno.EACCES))
-_ENOTSUPP = 524  # the kernel's own, include/linux/errno.h: the C library has no name for it
 
 # include/uapi/linux/bpf.h
 _BPF_MAP_CREATE = 0
@@ -70,8 +70,8 @@ def may_trace() -> bool:
 
 def _failed(code: int, action: str, remedy: str = "") -> Finding:
     code = abs(code)
-    name = "ENOTSUPP" if code == _ENOTSUPP else errno.errorcode.get(code, str(code))
-    reason = "not supported" if code == _ENOTSUPP else os.strerror(code)
+    name = "ENOTSUPP" if code == ENOTSUPP else errno.errorcode.get(code, str(code))
+    reason = "not supported" if code == ENOTSUPP else os.strerror(code)
     return Finding(REFUSED if code in _REFUSALS else NO, f"{action}: {reason}", name, remedy)
 
 
@@ -147,6 +147,15 @@ def _loads(name: str) -> Callable[[], Finding]:
 
 def _attaches(name: str) -> Callable[[], Finding]:
     return lambda: _find_program(name, lambda program, loaded: _detached(lib.bpf_program__attach(program)))
+
+
+def _find_socket_tracepoints() -> Finding:
+    """Whether the socket backend has all its tracepoints: the first that cannot be attached is the answer."""
+    for name in SOCKET_TRACEPOINTS:
+        found = _attaches(f"check_socket_{name}")()
+        if found.state != YES:
+            return msgspec.structs.replace(found, detail=f"{name}: {found.detail}")
+    return Finding(YES, f"{len(SOCKET_TRACEPOINTS)} of {len(SOCKET_TRACEPOINTS)}")
 
 
 def _find_map_iter() -> Finding:
@@ -347,8 +356,8 @@ _CAPABILITIES = (  # include/uapi/linux/capability.h
     ("CAP_SYS_ADMIN", _CAP_SYS_ADMIN, NICER, "stands in for the two above"),
     ("CAP_SYS_PTRACE", 19, NICER, "names the programs of other users"),
     ("CAP_SYS_RESOURCE", 24, NICER, "raises RLIMIT_MEMLOCK where maps count against it"),
+    ("CAP_DAC_READ_SEARCH", 2, NICER, "reads the environment of other users' programs, which names their service"),
     ("CAP_NET_ADMIN", 12, LATER, "header injection loads socket programs"),
-    ("CAP_DAC_READ_SEARCH", 2, LATER, "reads the libraries of other users' programs"),
 )
 
 PROBES: tuple[Probe, ...] = (
@@ -382,6 +391,14 @@ PROBES: tuple[Probe, ...] = (
         "reading it from BPF, which lockdown may forbid",
         "",
         _guarded(_find_lockdown, "read the state of lockdown"),
+    ),
+    Probe(
+        "socket_tracepoints",
+        "socket tracepoints",
+        NICER,
+        "the capture in the socket layer, which costs traced programs less",
+        "a kernel of 6.16 or later; until then system calls are captured instead",
+        _find_socket_tracepoints,
     ),
     Probe(
         "jit",
@@ -433,16 +450,16 @@ PROBES: tuple[Probe, ...] = (
         "fentry",
         "fentry",
         LATER,
-        "cheaper probes of the socket layer",
-        "a kernel with CONFIG_FUNCTION_TRACER=y; until then system calls are captured instead",
+        "the socket layer on kernels without its tracepoints",
+        "a kernel with CONFIG_FUNCTION_TRACER=y; nothing is captured through it yet",
         _attaches("check_fentry"),
     ),
     Probe(
         "kprobe",
         "kprobes",
         LATER,
-        "probes of the socket layer without fentry",
-        "a kernel with CONFIG_KPROBES=y; until then system calls are captured instead",
+        "the same where fentry is missing",
+        "a kernel with CONFIG_KPROBES=y; nothing is captured through it yet",
         _attaches("check_kprobe"),
     ),
     Probe("uprobe", "uprobes", LATER, "sees into TLS libraries", "a kernel with CONFIG_UPROBES=y", _find_uprobe),

@@ -107,6 +107,31 @@ def test_the_rows_agree_with_the_machine(document):
         assert checks["tracepoint"]["state"] == "no", "without tracefs nobody knows a tracepoint's number"
 
 
+def test_the_row_of_the_socket_backend_agrees_with_what_is_chosen(document):
+    """Where its tracepoints can be attached the loader takes it, and elsewhere it does not."""
+    is_chosen = document["checks"]["capture"]["detail"].startswith("backend sockets;")
+    assert (document["checks"]["socket_tracepoints"]["state"] == "yes") == is_chosen
+
+
+@pytest.mark.parametrize(("capabilities", "state"), [("+dac_read_search", "yes"), ("-dac_override", "no")])
+def test_the_environment_of_others_needs_a_capability(capabilities: str, state: str):
+    """What the row of CAP_DAC_READ_SEARCH says is so: uid 0 and CAP_SYS_PTRACE alone cannot read it."""
+    other = subprocess.Popen(["setpriv", "--reuid", str(NOBODY), "--clear-groups", "sleep", "60"])
+    try:
+        limited = ("setpriv", "--bounding-set", f"-all,+sys_ptrace,{capabilities}")
+        deadline = time.monotonic() + 30
+        while os.stat(f"/proc/{other.pid}").st_uid != NOBODY:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        read = subprocess.run((*limited, "cat", f"/proc/{other.pid}/environ"), capture_output=True, timeout=60)
+        assert (read.returncode == 0) == (state == "yes"), read.stderr
+    finally:
+        other.kill()
+        other.wait()
+    done = subprocess.run((*limited, *CHECK, "--json"), cwd=REPOSITORY, capture_output=True, text=True, timeout=60)
+    assert json.loads(done.stdout)["checks"]["cap_dac_read_search"]["state"] == state
+
+
 def test_the_verifier_work_is_below_its_limit(document):
     """Every capture program loads with room to spare on kernels that follow paths less cleverly."""
     counts = {program["name"]: program["verified_instructions"] for program in document["programs"]}
@@ -158,6 +183,7 @@ def assert_refused(done: subprocess.CompletedProcess[str]) -> None:
     for key in (
         "tp_btf",
         "map_iter",
+        "socket_tracepoints",
         "fentry",
         "kprobe",
         "uprobe",

@@ -317,6 +317,8 @@ FACTS = {
         ({"executable": "python3*"}, True),
         ({"executable": "/usr/bin/python3*"}, True),
         ({"executable": "/opt/*"}, False),
+        ({"executable": "*bin*"}, False),
+        ({"executable": "*/bin/*"}, True),
         ({"service": "*"}, True),
         ({"service": "C*t"}, True),
         ({"service": "cart"}, False),

@@ -514,13 +514,25 @@ def program(name: str, path: str = "", tgid: int = 42) -> ProcessInfo:
         (["/opt/*"], [], program("app", "/usr/bin/app"), False),
         (["*"], ["nginx"], program("nginx", "/usr/sbin/nginx"), False),
         (["nginx"], ["/usr/*"], program("nginx", "/usr/sbin/nginx"), False),
+        (["*"], ["*local*"], program("app", "/usr/local/bin/app"), True),
+        (["*"], ["*local*"], program("localdb", "/usr/bin/localdb"), False),
+        (["*"], ["*/local/*"], program("app", "/usr/local/bin/app"), False),
+        (["*bin*"], [], program("app", "/usr/bin/app"), False),
+        (["*/bin/*"], [], program("app", "/usr/bin/app"), True),
+        (["app"], [], program("other", "app"), False),
+        (["*/app"], [], program("app"), False),
+        (["*"], ["*/app"], program("app"), True),
+        (["/opt/*", "nginx"], [], program("nginx", "/usr/sbin/nginx"), True),
+        (["/opt/*", "nginx"], [], program("app", "/opt/app"), True),
+        (["*"], ["/opt/*", "nginx"], program("nginx", "/usr/sbin/nginx"), False),
+        (["/*"], [], program(""), False),
         (["NGINX"], [], program("nginx"), False),
         (["ng[ij]nx"], [], program("nginx"), True),
         (["*"], [], program("spanloom", tgid=1), False),
     ],
 )
 def test_selection(include: list[str], exclude: list[str], info: ProcessInfo, selected: bool) -> None:
-    """Globs on the name or the whole path, case-sensitive; exclude wins; never the agent itself."""
+    """Globs on the name, with a slash on the whole path, case-sensitive; exclude wins; never the agent itself."""
     assert Selector(include, exclude, own_tgid=1).selects(info) is selected
 
 

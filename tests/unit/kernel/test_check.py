@@ -121,6 +121,38 @@ def test_every_row_that_matters_has_a_remedy_when_it_is_missing(machine):
     assert without <= {"capture", "lockdown", "proc"}, "these three say it in their finding, or have nothing to say"
 
 
+def test_rows_do_not_promise_what_another_backend_does(machine):
+    """Where the socket backend captures, a lack of fentry or kprobes changes nothing: only its own row names system
+    calls as what is used instead."""
+    found = machine(**{key: Finding(NO) for key in KEYS[:-1]})
+    assert {key for key, row in found.checks.items() if "system calls" in row.remedy} == {"socket_tracepoints"}
+    assert "6.16" in found.checks["socket_tracepoints"].remedy
+    assert found.checks["socket_tracepoints"].need == NICER
+
+
+def test_a_socket_tracepoint_that_is_missing_is_named(monkeypatch):
+    """All are tried until one is missing; the row says which, and why."""
+    tried = []
+
+    def attaches(name: str):
+        tried.append(name)
+        absent = name == "check_socket_sock_recv_length"
+        return lambda: Finding(NO, "load: No such process", "ESRCH") if absent else Finding(YES)
+
+    monkeypatch.setattr(check_probes, "_attaches", attaches)
+    found = check_probes._find_socket_tracepoints()
+    assert (found.state, found.errno) == (NO, "ESRCH")
+    assert found.detail == "sock_recv_length: load: No such process"
+    assert tried == [f"check_socket_{name}" for name in check_probes.SOCKET_TRACEPOINTS[:3]]
+
+
+def test_the_environment_of_others_is_needed_now():
+    """CAP_DAC_READ_SEARCH names services today; it is not for a later feature."""
+    (row,) = (probe for probe in PROBES if probe.key == "cap_dac_read_search")
+    assert row.need == NICER
+    assert "environment" in row.purpose
+
+
 def test_rows_are_named_once_and_say_what_for():
     """Keys are unique, and each row has a need of the known kinds and a purpose."""
     assert len(set(KEYS)) == len(KEYS)
