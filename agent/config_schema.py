@@ -123,11 +123,16 @@ class Capture(Section, frozen=True):
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),
-        _help("Bytes of a request's head that are copied; trace headers behind this limit are not seen."),
+        _help(
+            "Bytes of a request's head that are copied; trace headers behind this limit are not seen. Live up to "
+            "`limits.request_head_bytes`."
+        ),
     ] = 1024
-    response_head_bytes: Annotated[int, Meta(ge=64, le=2048), _help("Bytes of a response's head that are copied.")] = (
-        256
-    )
+    response_head_bytes: Annotated[
+        int,
+        Meta(ge=64, le=2048),
+        _help("Bytes of a response's head that are copied. Live up to `limits.response_head_bytes`."),
+    ] = 256
     request_headers: Annotated[
         tuple[HeaderName, ...],
         Meta(max_length=64),
@@ -281,6 +286,17 @@ class Limits(Section, frozen=True):
         float, Meta(ge=1, le=86400), _help("An exchange without any traffic for this long is reported as timed out.")
     ] = 600.0
     processes: Annotated[int, Meta(ge=16, le=1_048_576), _help("Processes that are remembered.")] = 8192
+    request_head_bytes: Annotated[
+        Annotated[int, Meta(ge=256, le=8192)] | None,
+        _help(
+            "Room for `capture.request_head_bytes` to grow without a restart, in kernel memory of each tracked "
+            "connection; null: its value at the start.",
+        ),
+    ] = None
+    response_head_bytes: Annotated[
+        Annotated[int, Meta(ge=64, le=2048)] | None,
+        _help("The same for `capture.response_head_bytes`."),
+    ] = None
 
 
 class Kernel(Section, frozen=True):

@@ -29,8 +29,6 @@ CONFIRM_SECONDS = 1.0
 _GONE = (ENOENT, ENOTDIR)
 
 FIXED_AT_START: dict[str, str] = {
-    "capture.request_head_bytes": "the programs are loaded for heads of this size",
-    "capture.response_head_bytes": "the programs are loaded for heads of this size",
     "export.queue_spans": "the exporter's queue is made with this bound",
     "kubernetes.enabled": "the watch of pods is begun once",
     "kubernetes.node_name": "the watch of pods is begun once",
@@ -40,6 +38,8 @@ FIXED_AT_START: dict[str, str] = {
     "limits.connections": "it is the size of maps in the kernel",
     "limits.exchange_timeout_seconds": "the loaded programs hold it as a constant",
     "limits.processes": "it is the size of maps in the kernel",
+    "limits.request_head_bytes": "the programs are loaded for heads of this size",
+    "limits.response_head_bytes": "the programs are loaded for heads of this size",
     "telemetry.listen": "the port is opened once, and whoever scrapes it keeps its address",
 }
 """Setting, or section with all of its settings -> why a change needs a restart. Everything else is applied live."""
@@ -199,9 +199,23 @@ def changed_keys(old: Config, new: Config) -> tuple[str, ...]:
     return tuple(key for key, _ in leaves() if not _is_same(_value(old, key), _value(new, key)))
 
 
+def head_room(started_with: Config) -> dict[str, int]:
+    """Return how long heads may become while an agent runs that was started with this configuration, by key."""
+    names = ("request_head_bytes", "response_head_bytes")
+    return {
+        f"capture.{name}": max(getattr(started_with.capture, name), getattr(started_with.limits, name) or 0)
+        for name in names
+    }
+
+
 def restart_needed(old: Config, new: Config) -> tuple[str, ...]:
     """Return the dotted keys that differ and cannot be applied live. ``old`` is what the agent was *started* with."""
-    return tuple(key for key in changed_keys(old, new) if restart_reason(key) is not None)
+    room = head_room(old)
+    return tuple(
+        key
+        for key in changed_keys(old, new)
+        if restart_reason(key) is not None or (key in room and _value(new, key) > room[key])
+    )
 
 
 def restart_reason(key: str) -> str | None:

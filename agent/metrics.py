@@ -94,6 +94,7 @@ _KUBE = (
 )
 _CONFIG = (
     Metric("spanloom_config_last_reload_successful", "1 when the configuration file in place is in effect.", "gauge"),
+    Metric("spanloom_config_restart_needed", "Settings of the file that only a restart will apply.", "gauge"),
     Metric("spanloom_config_last_reload_success_timestamp_seconds", "When the last good one was read.", "gauge"),
     Metric("spanloom_config_reloads_total", "Changes of the configuration file, by outcome.", "counter", ("outcome",)),
 )
@@ -179,6 +180,7 @@ def metric_sources(agent: Agent) -> list[Source]:
             return {}
         return {
             "spanloom_config_last_reload_successful": int(file.last_reload_successful),
+            "spanloom_config_restart_needed": len(agent.restart_needed),
             "spanloom_config_last_reload_success_timestamp_seconds": file.last_reload_success_unix,
             "spanloom_config_reloads_total": dict(file.reloads),
         }

@@ -31,7 +31,8 @@ OVERRIDABLE = ("sampling", "capture.request_headers", "capture.response_headers"
 
 _FIELDS = ("until", "match", "set")
 _SETTINGS = dict(leaves())
-_VALID = tuple(key for key in _SETTINGS if f"{key}.".startswith(tuple(f"{part}." for part in OVERRIDABLE)))
+SETTINGS = tuple(key for key in _SETTINGS if f"{key}.".startswith(tuple(f"{part}." for part in OVERRIDABLE)))
+"""The dotted keys of all of them."""
 _TIME = re.compile(
     r"(\d{4})-(\d\d)-(\d\d)[Tt ](\d\d):(\d\d):(\d\d)(?:\.(\d{1,30}))?(?:[Zz]|([+-])(\d\d):(\d\d))", re.ASCII
 )
@@ -163,16 +164,16 @@ def _collect(value: object, where: str, prefix: str, values: dict[str, object]) 
 
 def _setting(where: str, key: str, value: object) -> object:
     """Check one setting by the very function that checks a file's."""
-    if key in _VALID:
+    if key in SETTINGS:
         return _checked_setting(where, key, _SETTINGS[key], value)
     if key in _SETTINGS:
-        raise ConfigError(f"{where}: cannot be overridden for a time; what can: {', '.join(_VALID)}")
+        raise ConfigError(f"{where}: cannot be overridden for a time; what can: {', '.join(SETTINGS)}")
     last = key.rpartition(".")[2][:100]
-    near = [name for name in _VALID if name.rpartition(".")[2] == last] or get_close_matches(
-        key[:100], (*_VALID, *OVERRIDABLE), 1
+    near = [name for name in SETTINGS if name.rpartition(".")[2] == last] or get_close_matches(
+        key[:100], (*SETTINGS, *OVERRIDABLE), 1
     )
-    near = near or [name for name in _VALID if get_close_matches(last, [name.rpartition(".")[2]], 1, 0.8)]
-    raise ConfigError(f"{where}: unknown key; {_suggestion(near, _VALID)}")
+    near = near or [name for name in SETTINGS if get_close_matches(last, [name.rpartition(".")[2]], 1, 0.8)]
+    raise ConfigError(f"{where}: unknown key; {_suggestion(near, SETTINGS)}")
 
 
 def _replaced(section: Any, key: str, value: object) -> Any:

@@ -23,7 +23,7 @@ from agent.errors import ExportError
 from agent.kernel.capture import Capture, CaptureSettings, give_memory_back
 from agent.kernel.records import Decoder
 from agent.kube.cluster import Cluster
-from agent.live import ConfigFile, Loaded, Refused, restart_needed
+from agent.live import ConfigFile, Loaded, Refused, head_room, restart_needed
 from agent.metrics import metric_sources
 from agent.model import Span
 from agent.otlp.batch import Batcher, Subject
@@ -80,6 +80,8 @@ class Agent:
     def __init__(self, config: Config, config_file: ConfigFile | None = None) -> None:
         self.config = config
         self._started_with = config
+        self.restart_needed: tuple[str, ...] = ()
+        """Settings of the file in place that only a restart will apply."""
         self.config_file = config_file
         self._stopping = False
         self._attached = False
@@ -101,6 +103,7 @@ class Agent:
             version=__version__,
             pods=self.cluster.directory if self.cluster is not None else None,
         )
+        self.capture.limit_heads(config.capture.request_head_bytes, config.capture.response_head_bytes)
         self._placed_generation: object = None
         self._named_generation = 0
         self.selector = _selector(config)
@@ -337,7 +340,7 @@ class Agent:
             if self.cluster is not None:
                 self.cluster.report("ConfigRefused", outcome.message)
         elif isinstance(outcome, Loaded):
-            fixed = restart_needed(self._started_with, outcome.config)
+            fixed = self.restart_needed = restart_needed(self._started_with, outcome.config)
             if outcome.changed:
                 self.apply(outcome.config)
             event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
@@ -410,10 +413,11 @@ def _clock_offset_ns(known_ns: int) -> int:
 
 
 def _capture_settings(config: Config) -> CaptureSettings:
+    room = head_room(config)
     return CaptureSettings(
         backend=config.kernel.backend,
-        request_head_bytes=config.capture.request_head_bytes,
-        response_head_bytes=config.capture.response_head_bytes,
+        request_head_bytes=room["capture.request_head_bytes"],
+        response_head_bytes=room["capture.response_head_bytes"],
         connections=config.limits.connections,
         processes=config.limits.processes,
         ring_buffer_bytes=config.kernel.ring_buffer_bytes,

@@ -15,12 +15,20 @@ import yaml
 
 from agent.config_schema import Config, fields_of, leaves
 from agent.errors import SpanloomError
+from agent.overrides import parse_override
 from tests.chart.engine import CHART, RefusedError
 from tests.chart.manifests import objects_of
 from tools.chart import config_schema, main, read_values, values_schema
 
 TOOL = Path(__file__).resolve().parents[2] / "tools" / "chart.py"
 VALUES = read_values((CHART / "values.yaml").read_text(encoding="utf-8"))
+
+
+OVERRIDE = {
+    "until": "2030-01-31T12:00:00Z",
+    "match": {"namespace": "checkout"},
+    "set": {"sampling": {"ratio": 1.0}, "capture.request_headers": ["x-tenant"]},
+}
 
 
 def nested(path: tuple[str, ...], value: object) -> dict:
@@ -65,6 +73,20 @@ def nested(path: tuple[str, ...], value: object) -> dict:
         ({"config": {"sampling": {"ratio": 1.5}}}, ["config/sampling/ratio"]),
         ({"config": {"export": {"otlp": {"compresion": "gzip"}}}}, ["config/export/otlp", "compresion"]),
         ({"config": {"kubernetes": {"wait": 3}}}, ["config/kubernetes", "wait"]),
+        ({"config": {"overrides": [OVERRIDE | {"untill": "x"}]}}, ["config/overrides/0", "untill"]),
+        ({"config": {"overrides": [OVERRIDE | {"until": "tomorrow"}]}}, ["config/overrides/0/until"]),
+        ({"config": {"overrides": [OVERRIDE | {"match": {}}]}}, ["config/overrides/0/match"]),
+        (
+            {"config": {"overrides": [OVERRIDE | {"match": {"namspace": "x"}}]}},
+            ["config/overrides/0/match", "namspace"],
+        ),
+        ({"config": {"overrides": [OVERRIDE | {"set": {"kernel": {}}}]}}, ["config/overrides/0/set", "kernel"]),
+        (
+            {"config": {"overrides": [OVERRIDE | {"set": {"sampling": {"ratio": 7}}}]}},
+            ["overrides/0/set/sampling/ratio"],
+        ),
+        ({"config": {"overrides": [OVERRIDE | {"set": {"sampling.ratio": 7}}]}}, ["overrides/0/set/sampling.ratio"]),
+        ({"config": {"overrides": [{"until": OVERRIDE["until"]}]}}, ["config/overrides/0", "match"]),
     ],
     ids=json.dumps,
 )
@@ -76,6 +98,17 @@ def test_wrong_values_are_refused_with_their_name(helm, values, named):
     assert "values don't meet the specifications of the schema" in text
     for name in named:
         assert name in text
+
+
+def test_an_override_is_accepted(helm):
+    """Settings as maps within maps and with dots; the agent reads what the chart wrote."""
+    values = {"otlp": {"endpoint": "http://c:4317"}, "config": {"overrides": [OVERRIDE]}}
+    [mapped] = [one for one in objects_of(helm.render(values)) if one["kind"] == "ConfigMap"]
+    [override] = yaml.safe_load(mapped["data"]["spanloom.yaml"])["overrides"]
+    assert dict(parse_override(override, "overrides[0]").set) == {
+        "sampling.ratio": 1.0,
+        "capture.request_headers": ("x-tenant",),
+    }
 
 
 @pytest.mark.parametrize(

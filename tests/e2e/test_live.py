@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -88,8 +89,6 @@ def _kinds(tracing: AgentProcess, number: int) -> set[str]:
 
 def test_ports_follow_the_file(tmp_path: Path, collector: Collector, serve, public_path: Path):
     """On connections that are kept open, too."""
-    import socket
-
     port = free_port()
     serve(servers.nginx(port, public_path), port)
     file = MountedFile(tmp_path / "mounted", {"select": {"ports": {"include": [free_port()]}}})
@@ -244,3 +243,48 @@ def test_an_override_ends_by_itself(agent, serve, public_path: Path, tmp_path: P
     assert len(tracing.spans(ports[0], "SERVER")) == 1
     assert not tracing.spans(ports[1], "SERVER")
     assert books.closed
+
+
+def test_heads_grow_and_formats_change(agent, serve, public_path: Path, tmp_path: Path):
+    """Longer heads, other trace headers and another ratio, on a connection that stays open; shorter heads again."""
+    port = free_port()
+    serve(servers.python_threads(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {"capture": {"request_head_bytes": 512}})
+    tracing = agent([port], {"limits.request_head_bytes": 4096}, config=file.path)
+    trace = "0af7651916cd43dd8448eb211c80319c"
+
+    def settings(heads: int, formats: list[str], ratio: float = 1.0) -> dict:
+        return {
+            "capture": {"request_head_bytes": heads},
+            "propagation": {"formats": formats},
+            "sampling": {"ratio": ratio, "parent_based": False},
+        }
+
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+
+        def ask(number: int) -> None:
+            connection.sendall(
+                b"GET /status/204?number=%d HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n" % (number, port)
+                + b"X-Padding: %b\r\ntraceparent: 00-%b-00f067aa0ba902b7-01\r\n\r\n" % (b"p" * 3000, trace.encode())
+            )
+            assert connection.recv(4096).startswith(b"HTTP/1.1 204")
+            tracing.settle()  # an exchange is read under the settings of the moment when it is read
+
+        ask(0)
+        assert change(tracing, file, settings(4096, ["tracecontext"]))["needs_restart"] == []
+        ask(1)
+        change(tracing, file, settings(4096, ["b3"]))
+        ask(2)
+        change(tracing, file, settings(4096, ["tracecontext"], 0.0))
+        ask(3)
+        change(tracing, file, settings(512, ["tracecontext"]))
+        ask(4)
+        assert change(tracing, file, settings(5000, ["tracecontext"]))["needs_restart"] == [
+            "capture.request_head_bytes"
+        ]
+        assert tracing.metrics()["spanloom_config_restart_needed"] == 1
+    found = {}
+    for span in tracing.spans(port, "SERVER"):
+        number = int(str(span.attributes["url.query"]).rpartition("=")[2])
+        found[number] = (span.trace_id == trace, "spanloom.request.head_truncated" in span.attributes)
+    assert found == {0: (False, True), 1: (True, False), 2: (False, False), 4: (False, True)}

@@ -681,8 +681,8 @@ FIXED = (
     "limits.processes",
     "limits.exchange_timeout_seconds",
     "telemetry.listen",
-    "capture.request_head_bytes",
-    "capture.response_head_bytes",
+    "limits.request_head_bytes",
+    "limits.response_head_bytes",
     "export.queue_spans",
 )
 
@@ -705,7 +705,7 @@ def test_the_table_names_settings_and_sections_that_exist():
 
 
 @pytest.mark.parametrize(
-    "key", ["kernels.backend", "new", "new.setting", "limits", "capture.request_head_bytes_more", ""]
+    "key", ["kernels.backend", "new", "new.setting", "limits", "limits.request_head_bytes_more", ""]
 )
 def test_what_the_table_does_not_name_is_live(key):
     """A new section or setting is applied live unless somebody says otherwise; a similar name is not the same name."""
@@ -719,6 +719,23 @@ def test_restart_needed_names_the_changed_fixed_settings():
     assert restart_needed(old, new) == ("limits.processes", "kernel.poll_seconds", "telemetry.listen")
     assert restart_needed(new, new) == ()
     assert restart_needed(old, load(None, ["sampling.ratio=0.5"], {})) == ()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "fixed"),
+    [
+        ([], ["capture.request_head_bytes=512"], ()),
+        ([], ["capture.request_head_bytes=2048"], ("capture.request_head_bytes",)),
+        (["limits.request_head_bytes=4096"], ["capture.request_head_bytes=4096"], ()),
+        (["limits.request_head_bytes=4096"], ["capture.request_head_bytes=4097"], ("capture.request_head_bytes",)),
+        (["limits.request_head_bytes=512"], ["capture.request_head_bytes=1000"], ()),
+        (["limits.response_head_bytes=2048"], ["capture.response_head_bytes=2048"], ()),
+        ([], ["capture.response_head_bytes=257"], ("capture.response_head_bytes",)),
+    ],
+)
+def test_heads_grow_as_far_as_there_is_room(old, new, fixed):
+    """Shorter heads are live, and longer ones up to the room that the agent was started with."""
+    assert restart_needed(load(None, old, {}), load(None, old + new, {})) == fixed
 
 
 def altered(section: Section) -> Section:
