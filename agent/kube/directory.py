@@ -19,7 +19,9 @@ from agent.kube.pods import Pod, PodIndex, pod_attributes, read_pod
 from agent.kube.select import PodRules
 from agent.process import Placement
 
-_CGROUP_DEPTH = 8
+_CGROUP_DEPTH = 16
+"""In rootless Podman, a node of kind with CRI-O has its containers at 12."""
+
 _CGROUPS = 20_000
 """A search ends after so many directories: some milliseconds."""
 
