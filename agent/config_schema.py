@@ -9,8 +9,9 @@ The texts of the settings are data (``msgspec.Meta``): docs/configuration.md is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import UnionType
+import functools
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -426,9 +427,10 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield prefix + name, annotation
 
 
-def fields_of(section: type[Section]) -> dict[str, Any]:
+@functools.cache  # evaluating the annotations anew is most of what loading a configuration costs
+def fields_of(section: type[Section]) -> Mapping[str, Any]:
     """Map the names of a section's fields, in order, to their annotated types; a sub-section is its bare class."""
-    return {info.name: info.type for info in msgspec.structs.fields(section)}
+    return MappingProxyType({info.name: info.type for info in msgspec.structs.fields(section)})
 
 
 def is_section(annotation: Any) -> bool:

@@ -288,6 +288,8 @@ class Pipeline:
         if not decided[2]:
             if is_first:
                 self.dropped["not_selected"] += 1
+                if exchange.end <= _QUIET:
+                    self._remember_early_end(exchange.connection_id)
             return
         if (
             not is_first

@@ -587,11 +587,15 @@ class Machine:
             count["streamed"] += 1
             stream = 100 + self.number
             data = GET * 2
-            sent = [segment(1, data, connection=stream), segment(2, OK, connection=stream)]
+            owner = {"tgid": known[0].tgid, "process_start_ns": known[0].process_start_ns}
+            sent = [segment(1, data, connection=stream, **owner), segment(2, OK, connection=stream, **owner)]
             if fate == "lost":
                 sent.pop(0)
             if known[1]:
-                sent = [segment(1, data, connection=connection), segment(2, OK, connection=connection)]
+                sent = [
+                    segment(1, data, connection=connection, **owner),
+                    segment(2, OK, connection=connection, **owner),
+                ]
                 stream = connection
             self.bench.source.send(*sent)
             self.bench.source.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, stream, 0, 9 * MILLISECOND))
@@ -647,6 +651,9 @@ ACTIONS = st.tuples(
     1.0,
     1000,
 )  # streamed after it was given up
+@example(
+    [("begin", 3, "fine", ""), ("wait", 3, "fine", ""), ("stream", 3, "fine", "")], 1.0, 1000
+)  # streamed after it was left out as not selected
 @given(st.lists(ACTIONS, max_size=60), st.sampled_from([1.0, 0.5, 0.0]), st.sampled_from([2, 1000]))
 def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
     """Whatever the kernel sends or loses, what began is handed over, sampled out, dropped or in flight, exactly."""
