@@ -3,9 +3,10 @@
 MODE is ``threads`` (one thread per connection), ``loop`` (asyncio), ``select`` (asyncio on select(2)), ``reader`` (one
 thread reads all requests, others answer them) or ``takers`` (threads that read a request each and then answer any that
 waits). For each request the tier asks the next one for the same path, if there is one, and answers with what came back.
-BEHAVIOUR is what it does with trace headers: ``copy`` forwards them, ``sdk`` makes a span id of its own in the same
-trace, ``foreign`` starts a trace of its own, ``none`` sends none; nor do those that take their time, ``slow`` before it
-asks and ``late`` after that. The ids it makes can be told from the path: see ``made_ids``.
+BEHAVIOUR is what it does with trace headers: ``copy`` forwards them, ``root`` X-Ray's without Parent, ``sdk`` makes a
+span id of its own in the same trace, ``foreign`` starts a trace of its own, ``none`` sends none; nor do those that take
+their time, ``slow`` before it asks and ``late`` after that. The ids it makes can be told from the path: see
+``made_ids``.
 """
 
 import asyncio
@@ -46,6 +47,9 @@ def made_ids(port: int, path: str) -> tuple[str, str]:
 def headers_for_next(behaviour: str, port: int, path: str, inbound: dict[str, str]) -> dict[str, str]:
     if behaviour == "copy":
         return {name: inbound[name] for name in FORWARDED if name in inbound}
+    if behaviour == "root":
+        fields = inbound["x-amzn-trace-id"].split(";")
+        return {"x-amzn-trace-id": ";".join(field for field in fields if not field.startswith("Parent="))}
     trace_id, span_id = made_ids(port, path)
     if behaviour == "sdk":
         return {"traceparent": f"00-{inbound['traceparent'].split('-')[1]}-{span_id}-01"}
