@@ -335,20 +335,22 @@ def test_threads_that_read_and_threads_that_write(edge: Edge, depth: int) -> Non
     edge.expect(expected, linked=depth == 1)
 
 
-def test_readers_and_writers_of_many_connections(edge: Edge) -> None:
+@pytest.mark.parametrize("depth", [1, 8], ids=["one_at_a_time", "pipelined"])
+def test_readers_and_writers_of_many_connections(edge: Edge, depth: int) -> None:
     """The same on many connections at once: no exchange of one connection is taken for that of another."""
-    clients = 20
+    clients, count = 20, 25
     edge.server.start(_serve_by_reader_and_writer, edge.port, clients)
-    edge.client.call(_request_by_many, edge.port, clients, 25)
+    edge.client.call(_request_by_many, edge.port, clients, count, depth)
     edge.server.result()
-    spans = edge.spans(25 * clients)
-    spans.assert_linked()
-    callers = {span.span_id: seen(span) for span in spans.clients}
+    spans = edge.spans(count * clients)
+    paths = sorted(f"/{client}/{number}" for client in range(clients) for number in range(count))
+    for side in spans:
+        assert sorted(seen(span).path for span in side) == paths, spans.show()
+        for span in side:
+            assert seen(span).status == _STATUSES[int(seen(span).path.rpartition("/")[2]) % 3], spans.show()
+    callers = {span.span_id: seen(span).path for span in spans.clients}
     for span in spans.servers:
-        number = int(seen(span).path.rpartition("/")[2])
-        assert seen(span)[:2] == callers[span.parent_span_id][:2], spans.show()
-        assert seen(span).status == _STATUSES[number % 3], spans.show()
-    assert len({seen(span).path for span in spans.servers}) == 25 * clients
+        assert callers.get(span.parent_span_id, seen(span).path if depth > 1 else "") == seen(span).path, spans.show()
 
 
 def _serve_by_reader_and_writer(port: int, clients: int = 1) -> None:
@@ -390,8 +392,8 @@ def _request_by_sender_and_receiver(port: int, count: int, depth: int, name: str
         _run_all([send, receive_responses])
 
 
-def _request_by_many(port: int, clients: int, count: int) -> None:
-    _run_all([partial(_request_by_sender_and_receiver, port, count, 1, f"/{index}") for index in range(clients)])
+def _request_by_many(port: int, clients: int, count: int, depth: int) -> None:
+    _run_all([partial(_request_by_sender_and_receiver, port, count, depth, f"/{index}") for index in range(clients)])
 
 
 def _run_all(tasks: Sequence[Callable[[], None]]) -> None:
