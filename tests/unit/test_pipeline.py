@@ -525,7 +525,7 @@ def test_what_waits_in_a_sink_or_for_its_place_is_in_flight():
     bench = Bench().send(record(2, role=CLIENT, parent_id=1, start=1001, end_ms=1009))
     bench.assert_balanced(in_flight=1)
     bench.sink.waiting = 0
-    bench.send(record(1))
+    bench.send(record(1)).sweep(500)
     bench.assert_balanced(in_flight=0)
 
 
