@@ -11,6 +11,7 @@ by value). Every memo is bounded and emptied when full, so hostile variety costs
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Protocol
@@ -68,11 +69,12 @@ class _Extractor(Protocol):
     """What is needed of ``agent.propagation.Extractor``."""
 
     header_names: frozenset[bytes]
+    malformed: dict[str, int]
 
     def context_behind_version(self, value: bytes, trace_state: str) -> TraceContext | None: ...
 
     def extract(
-        self, headers: Mapping[bytes, bytes | list[bytes]]
+        self, headers: Mapping[bytes, bytes | list[bytes]], malformed: dict[str, int]
     ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]: ...
 
 
@@ -104,6 +106,8 @@ class Http1:
         self._guess_routes = guess_routes
         self._extract = extractor.extract
         self._context_names = extractor.header_names
+        self._malformed = extractor.malformed
+        self._malformed_here: defaultdict[str, int] = defaultdict(int)  # of the record at hand
 
         read = {b"host", b"user-agent", b"content-length", b"transfer-encoding", b"forwarded", b"x-forwarded-for"}
         unique = {*extractor.header_names, b"x-request-id"}
@@ -240,6 +244,7 @@ class Http1:
         request_id = ""
         context: TraceContext | None = None
         others: tuple[TraceContext, ...] = ()
+        malformed: dict[str, int] | None = None
         if fields:
             if client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
                 forwarded = syntax.read_forwarded(
@@ -254,7 +259,9 @@ class Http1:
             if known_id is not None:
                 request_id = syntax.text(syntax.first(known_id)[:REQUEST_ID_BYTES])
             if not self._context_names.isdisjoint(fields):
-                context, others = self._extract(fields)
+                context, others = self._extract(fields, self._malformed_here)
+                if self._malformed_here:
+                    malformed, self._malformed_here = self._malformed_here, defaultdict(int)
 
         response = exchange.response
         end = response.find(b"\r\n\r\n")
@@ -291,6 +298,12 @@ class Http1:
             attributes += _HEAD_TRUNCATED
         # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
         repeats = target if host is not None and request_head_bytes == exchange.request_bytes else None
+        if malformed:
+            # Counted once, with the record that the span is made of; and read, and counted, again when it repeats.
+            repeats = None
+            if whole or exchange.end > _QUIET:
+                for name, count in malformed.items():
+                    self._malformed[name] += count
         return Call(name, attributes, error, context, others, request_id, whole), repeats, is_forwarded
 
     def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
