@@ -199,11 +199,14 @@ class Capture:
         lib.bpf_map_update_elem(self._maps["processes"], key, value, 0)
 
     def counters(self) -> dict[str, int]:
-        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time."""
+        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time.
+
+        ``begun`` is read last: whatever has ended by then is among what has begun, and not the other way round.
+        """
         result = {}
         key = ffi.new("uint32_t *")
         values = ffi.new("uint64_t[]", self._cpus)  # of this call alone: the look-up lets other threads run
-        for index, name in enumerate(self.layout.counters):
+        for index, name in sorted(enumerate(self.layout.counters), key=lambda entry: entry[1] == "begun"):
             key[0] = index
             lib.bpf_map_lookup_elem(self._maps["counters"], key, values)
             result[name] = sum(ffi.unpack(values, self._cpus))

@@ -695,8 +695,35 @@ FIXED = (
     "telemetry.listen",
     "limits.request_head_bytes",
     "limits.response_head_bytes",
-    "export.queue_spans",
 )
+
+
+def test_what_cannot_be_put_into_effect_is_refused(mount):
+    """The last good one stays the last good one, until a file comes that can; each is tried once."""
+    file = ConfigFile(mount.path, (), {})
+    tried: list[float] = []
+
+    def apply(config: Config) -> None:
+        tried.append(config.sampling.ratio)
+        if config.sampling.ratio == 0.25:
+            raise ConfigError("export.otlp.certificate /ca.pem: No such file or directory")
+
+    mount.update(OTHER)
+    result = file.poll(apply)
+    assert isinstance(result, Refused)
+    assert "config.yaml: export.otlp.certificate /ca.pem: No such file" in result.message
+    assert file.config.sampling.ratio == 0.5
+    assert not file.last_reload_successful
+    assert dict(file.reloads) == {"applied": 0, "refused": 1, "unchanged": 0}
+    assert file.poll(apply) is None
+    mount.update(GOOD)
+    assert file.poll(apply) == Loaded(file.config, ())
+    assert file.last_reload_successful
+    mount.update("sampling: {ratio: 0.75}\n")
+    result = file.poll(apply)
+    assert isinstance(result, Loaded)
+    assert result.changed == ("sampling.ratio",)
+    assert tried == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(("keys", "is_live"), [(LIVE, True), (FIXED, False)], ids=["live", "fixed"])
