@@ -34,6 +34,8 @@ AttributeValue = Annotated[
     ShortText | bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float,
     Meta(extra={"expect": "a text, true or false, a 64-bit integer or a number"}),
 ]
+ProtocolName = Literal["http1"]
+"""The names of ``agent.protocols.PROTOCOLS``."""
 Format = Literal["tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog"]
 
 
@@ -121,6 +123,17 @@ class Select(Section, frozen=True):
 class Capture(Section, frozen=True):
     """What is taken from each exchange."""
 
+    enabled: Annotated[
+        bool,
+        _help(
+            "Whether the probes are attached. Detached they cost the applications nothing; what is under way then is "
+            "dropped and counted as `switched_off`, and connections that stay open are picked up when it is true again."
+        ),
+    ] = True
+    protocols: Annotated[
+        tuple[ProtocolName, ...],
+        _help("Protocols that become spans; what only others would read is dropped and counted as `protocol_off`."),
+    ] = ("http1",)
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),

@@ -94,6 +94,10 @@ READING_SECONDS = 1.0
 """How long a reader waits for the pipeline to stand still: a console that nobody reads may stop it for ever."""
 
 
+def _no_protocol(exchange: Exchange) -> Call:
+    raise ProtocolError("protocol_off")
+
+
 class Pipeline:
     """Runs the stages over batches. Not thread-safe: one thread feeds it.
 
@@ -126,7 +130,7 @@ class Pipeline:
         self._source = source
         self._decoder = decoder
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols]
+        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
         self._processes = processes
         self._selector = selector
         self._stitcher = stitcher
@@ -221,6 +225,25 @@ class Pipeline:
             self._write(self._hold.flush(), now_ns)
             for sink in self._sinks:
                 sink.flush()
+
+    def abandon(self) -> None:
+        """Give up what is under way, since the probes were detached: nothing more will be seen of it.
+
+        Call it when the ring buffer has been emptied, and before the kernel forgets its connections.
+        """
+        for exchange_id in list(self._pending):
+            self._forget_pending(exchange_id)
+            self._stitcher.withdraw(exchange_id)
+            self.dropped["switched_off"] += 1
+        for connection_id in list(self._streams):
+            self._close_stream(connection_id, self._streams.pop(connection_id), None)
+        self._ended_early.clear()
+        with self._hand_over_lock:
+            self._close_account()
+            never_told = self.books().in_flight_kernel
+            self.received += never_told
+            self.dropped["switched_off"] += never_told
+            self._close_account()
 
     @contextmanager
     def standing_still(self) -> Iterator[None]:
@@ -537,7 +560,7 @@ class Pipeline:
     def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
         """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols]
+        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
         self._selector = selector
         self._decided.clear()
 
@@ -557,7 +580,7 @@ class Pipeline:
     def _decide(self, info: ProcessInfo) -> _Decision:
         selected = self._selector.selects(info)
         special = self._protocols_of(info)
-        parsers = self._parsers if special is None else [protocol.parse for protocol in special]
+        parsers = self._parsers if special is None else [protocol.parse for protocol in special] or [_no_protocol]
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
         decided = self._decided[info.key[0]] = (info.key[1], info.key, selected, parsers)

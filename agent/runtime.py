@@ -18,7 +18,7 @@ from types import FrameType
 from agent import __version__
 from agent.config import Config
 from agent.console import JsonConsole, TreeConsole
-from agent.errors import ExportError
+from agent.errors import ConfigError, ExportError, SpanloomError
 from agent.hold import Hold
 from agent.kernel.capture import Capture, CaptureSettings, give_memory_back
 from agent.kernel.records import Decoder
@@ -100,6 +100,7 @@ class Agent:
         """Settings of the file in place that only a restart will apply."""
         self.config_file = config_file
         self._stopping = False
+        self._started = False
         self._attached = False
         self._stepped_at = time.monotonic()
         destination = _destination(config)
@@ -218,6 +219,7 @@ class Agent:
                 **names,
             )
             for protocol in PROTOCOLS
+            if protocol.name in config.capture.protocols
         ]
 
     def _sinks(self, config: Config) -> list[Sink]:
@@ -263,6 +265,11 @@ class Agent:
         protocols = self._protocols(config, extractor)
         if self.cluster is not None:
             self.cluster.configure(config)
+        if config.capture.enabled and not self._attached:
+            try:
+                self._attach()
+            except SpanloomError as error:
+                raise ConfigError(f"capture.enabled: {error}") from error
 
         self.config = config
         if (old.telemetry.log_level, old.telemetry.log_format) != (
@@ -296,6 +303,8 @@ class Agent:
             self.capture.forget_decisions()
         if self.batcher is not None:
             self.batcher.forget_resources()
+        if self._attached and not config.capture.enabled:
+            self._detach()
 
     def _apply_export(self, config: Config, destination: Destination | None) -> None:
         """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
@@ -310,15 +319,31 @@ class Agent:
         """Open the telemetry endpoint, attach the probes, and begin to watch pods."""
         if self.config.telemetry.listen is not None:
             self.telemetry.start(self.config.telemetry.listen)
-        self.capture.attach([os.getpid()])
-        self._attached = True
-        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+        if self.config.capture.enabled:
+            self._attach()
+        self._started = True
         if self.cluster is not None:
             self.cluster.start()
 
+    def _attach(self) -> None:
+        self.capture.attach([os.getpid()])
+        self._attached = True
+        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+
+    def _detach(self) -> None:
+        """Take the probes away, with what they were seeing; what has ended is reported as ever."""
+        self.capture.detach()
+        self._attached = False
+        self.capture.hasten()
+        self.pipeline.sweep(time.monotonic_ns())
+        self.capture.hasten(False)
+        self.pipeline.abandon()
+        self.capture.forget_connections()
+        event(_log, "probes_detached")
+
     def is_ready(self) -> bool:
-        """True while the probes are attached."""
-        return self._attached
+        """True while the probes are attached, or are not to be."""
+        return self._attached or (self._started and not self.config.capture.enabled)
 
     def is_healthy(self) -> bool:
         """True while the loop turns."""
@@ -381,7 +406,7 @@ class Agent:
 
         An agent that never captured has no books to tell of: what stopped it is the only line of its log.
         """
-        captured = self._attached
+        captured, self._started = self._started, False
         try:
             if captured:
                 self._attached = False

@@ -85,6 +85,8 @@ class _Extractor(Protocol):
 class Http1:
     """Parses records of HTTP/1.x exchanges; keeps nothing of an exchange but memos of repeated text."""
 
+    name = "http1"
+
     def __init__(
         self,
         *,

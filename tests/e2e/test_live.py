@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -368,3 +369,92 @@ def test_heads_grow_and_formats_change(agent, serve, public_path: Path, tmp_path
         number = int(str(span.attributes["url.query"]).rpartition("=")[2])
         found[number] = (span.trace_id == trace, "spanloom.request.head_truncated" in span.attributes)
     assert found == {0: (False, True), 1: (True, False), 2: (False, False), 4: (False, True)}
+
+
+def test_probes_are_switched_off_and_on(agent, serve, public_path: Path, tmp_path: Path):
+    """Off: nothing is attached, and what is under way is counted; on: connections that stayed open are picked up."""
+    port = free_port()
+    serve(servers.python_threads(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([port], config=file.path)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+
+        def ask(number: int, query: str = "") -> None:
+            head = b"GET /status/200?number=%d%b HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n"
+            connection.sendall(head % (number, query.encode(), port))
+
+        def answer() -> None:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+        descriptors = []
+        for turn in range(5):
+            ask(2 * turn)
+            answer()
+            wait_until(lambda turn=turn: len(tracing.spans(port, "SERVER")) == turn + 1, lambda: tracing.state())
+            ask(90, "&sleep=1.5")  # under way when the probes go
+            change(tracing, file, {"capture": {"enabled": False}})
+            assert not attached(tracing.pid)
+            assert tracing.probe("/readyz") == 200
+            answer()
+            ask(2 * turn + 1)
+            answer()
+            change(tracing, file, {"capture": {"enabled": True}})
+            assert len(attached(tracing.pid)) > 5
+            descriptors.append(len(list(Path(f"/proc/{tracing.pid}/fd").iterdir())))
+        ask(99)
+        answer()
+    books = tracing.settle()
+    numbers = sorted(int(str(one.attributes["url.query"]).rpartition("=")[2]) for one in tracing.spans(port, "SERVER"))
+    assert numbers == [0, 2, 4, 6, 8, 99]
+    assert books.dropped == {"switched_off": 10}
+    assert books.closed
+    assert max(descriptors) <= descriptors[0] + 1, "descriptors are kept"
+
+
+def attached(pid: int) -> set[str]:
+    """The ids of the BPF links that a process holds."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(OSError):
+            found |= {line.split()[1] for line in entry.read_text().splitlines() if line.startswith("link_id")}
+    return found
+
+
+def test_what_did_not_change_stays_attached(agent, tmp_path: Path):
+    """No change of other settings takes a probe away, even for a moment: the links are the same ones."""
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([free_port()], config=file.path)
+    before = attached(tracing.pid)
+    assert len(before) > 5
+    for config in (
+        {"select": {"executables": {"include": ["nginx"]}}},
+        {"capture": {"request_head_bytes": 512, "request_headers": ["x-a"]}},
+        {"export": {"batch": {"max_spans": 100}}, "sampling": {"ratio": 0.5}},
+        {"capture": {"protocols": []}, "propagation": {"formats": ["b3"]}},
+    ):
+        change(tracing, file, config)
+        assert attached(tracing.pid) == before
+
+
+def test_an_agent_may_start_without_probes(agent, tmp_path: Path):
+    """It is ready, since that is what it was asked for, and attaches them when the file says so."""
+    file = MountedFile(tmp_path / "mounted", {"capture": {"enabled": False}})
+    tracing = agent([free_port()], config=file.path)
+    assert not attached(tracing.pid)
+    change(tracing, file, {})
+    assert len(attached(tracing.pid)) > 5
+
+
+def test_protocols_are_switched_off_and_on(agent, serve, public_path: Path, tmp_path: Path):
+    """Exchanges of a protocol that is off are counted and make no span."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {"capture": {"protocols": []}})
+    tracing = agent([port], config=file.path)
+    url = f"http://127.0.0.1:{port}/status/200"
+    curl("-o", "/dev/null", f"{url}?number=1")
+    assert tracing.settle().dropped == {"protocol_off": 2}
+    change(tracing, file, {})
+    curl("-o", "/dev/null", f"{url}?number=2")
+    wait_until(lambda: _kinds(tracing, 2) == {"SERVER", "CLIENT"}, lambda: tracing.state())
+    assert not _kinds(tracing, 1)

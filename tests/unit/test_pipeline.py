@@ -664,6 +664,15 @@ def test_a_malformed_header_counts_once_per_exchange():
     assert (bench.extractor.malformed["tracecontext"], bench.extractor.malformed["b3"]) == (5, 5)
 
 
+def test_without_a_protocol_everything_is_dropped():
+    """All protocols may be switched off; the exchanges are counted."""
+    bench = Bench()
+    bench.pipeline.reconfigure([], Selector(("*",), (), OWN_TGID))
+    bench.send(record(1)).sweep()
+    assert bench.pipeline.books().dropped == {"protocol_off": 1}
+    bench.assert_balanced(in_flight=0)
+
+
 # -- books
 
 
@@ -691,6 +700,20 @@ def test_the_end_hands_over_what_is_complete():
     assert [number for number, _ in bench.spans()] == [2]
     assert bench.sink.flushed
     bench.assert_balanced(in_flight=1)
+
+
+def test_what_is_under_way_when_the_probes_go_is_dropped():
+    """Announced, pipelined or never told of: counted, once each, and what had ended is handed over."""
+    bench = Bench().send(record(1), opened(2, connection_id=12), segment(1, GET * 2, connection=13))
+    bench.source.count.update(begun=4, streamed=1)  # three of them nobody heard of
+    bench.pipeline.abandon()
+    bench.assert_balanced(in_flight=0)
+    assert bench.pipeline.books().dropped == {"switched_off": 4, "stream_lost": 2}
+    bench.sweep(1000)
+    assert [number for number, _ in bench.spans()] == [1]
+    assert bench.pipeline.pending == bench.pipeline.streams == 0
+    bench.send(record(7)).sweep(1000)
+    bench.assert_balanced(in_flight=0)
 
 
 REPORTS = ("wait", "quiet", "whole", "end", "garbled end", "close")
