@@ -13,6 +13,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from socket import AF_INET6, inet_pton
 from typing import Any, get_args, get_origin
 
 import msgspec
@@ -246,6 +247,11 @@ def _endpoint(value: str | None) -> str | None:
     if match is None or (match[3] and not 1 <= int(match[3]) <= 65535):
         hint = "; credentials belong in export.otlp.headers" if "@" in value else f", not {_show(value)}"
         raise ValueError(f"must be http://HOST:PORT, https://HOST:PORT or HOST:PORT without a path{hint}")
+    if match[2].startswith("["):
+        try:
+            inet_pton(AF_INET6, match[2][1:-1])
+        except OSError:
+            raise ValueError(f"{_show(match[2])} is no IPv6 address") from None
     scheme = f"{match[1].lower()}://" if match[1] else ""
     return scheme + match[2] + (f":{match[3]}" if match[3] else "")
 

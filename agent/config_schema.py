@@ -9,8 +9,9 @@ The texts of the settings are data (``msgspec.Meta``): docs/configuration.md is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from types import UnionType
+import functools
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -33,6 +34,8 @@ AttributeValue = Annotated[
     ShortText | bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float,
     Meta(extra={"expect": "a text, true or false, a 64-bit integer or a number"}),
 ]
+ProtocolName = Literal["http1"]
+"""The names of ``agent.protocols.PROTOCOLS``."""
 Format = Literal["tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog"]
 
 
@@ -120,6 +123,17 @@ class Select(Section, frozen=True):
 class Capture(Section, frozen=True):
     """What is taken from each exchange."""
 
+    enabled: Annotated[
+        bool,
+        _help(
+            "Whether the probes are attached. Detached they cost the applications nothing; what is under way then is "
+            "dropped and counted as `switched_off`, and connections that stay open are picked up when it is true again."
+        ),
+    ] = True
+    protocols: Annotated[
+        tuple[ProtocolName, ...],
+        _help("Protocols that become spans; what only others would read is dropped and counted as `protocol_off`."),
+    ] = ("http1",)
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),
@@ -426,9 +440,10 @@ def leaves(section: type[Section] = Config, prefix: str = "") -> Iterator[tuple[
             yield prefix + name, annotation
 
 
-def fields_of(section: type[Section]) -> dict[str, Any]:
+@functools.cache  # evaluating the annotations anew is most of what loading a configuration costs
+def fields_of(section: type[Section]) -> Mapping[str, Any]:
     """Map the names of a section's fields, in order, to their annotated types; a sub-section is its bare class."""
-    return {info.name: info.type for info in msgspec.structs.fields(section)}
+    return MappingProxyType({info.name: info.type for info in msgspec.structs.fields(section)})
 
 
 def is_section(annotation: Any) -> bool:

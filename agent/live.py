@@ -12,7 +12,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from errno import EINVAL, ENOENT, ENOTDIR
 from pathlib import Path
 
@@ -29,7 +29,6 @@ CONFIRM_SECONDS = 1.0
 _GONE = (ENOENT, ENOTDIR)
 
 FIXED_AT_START: dict[str, str] = {
-    "export.queue_spans": "the exporter's queue is made with this bound",
     "kubernetes.enabled": "the watch of pods is begun once",
     "kubernetes.node_name": "the watch of pods is begun once",
     "kubernetes.peers": "the watches of services are begun once",
@@ -100,8 +99,11 @@ class ConfigFile:
         self.last_reload_successful = True
         self.last_reload_success_unix = time.time()
 
-    def poll(self) -> Loaded | Refused | None:
+    def poll(self, apply: Callable[[Config], None] = lambda config: None) -> Loaded | Refused | None:
         """Look at the file; None when there is nothing new. Costs two system calls as long as nothing changes.
+
+        ``apply`` is called with a configuration that differs from the last good one and puts it into effect; when it
+        raises ConfigError, having changed nothing, the file is refused like any other.
 
         Each refusal is returned once: for a bad content when it appears, for a file that is gone or unreadable when it
         begins to be. Reading a changed file takes milliseconds, and about a second for a hostile one.
@@ -138,10 +140,15 @@ class ConfigFile:
         self._data = data
         if isinstance(outcome, ConfigError):
             return self._refuse(self._with_file(str(outcome)))
-        return self._apply(outcome)
+        changed = changed_keys(self.config, outcome)
+        if changed:
+            try:
+                apply(outcome)
+            except ConfigError as error:
+                return self._refuse(self._with_file(str(error)))
+        return self._accept(outcome, changed)
 
-    def _apply(self, config: Config) -> Loaded:
-        changed = changed_keys(self.config, config)
+    def _accept(self, config: Config, changed: tuple[str, ...]) -> Loaded:
         self.config = config
         self._problem = None
         self.reloads["applied"] += 1

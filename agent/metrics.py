@@ -22,7 +22,10 @@ _BOOKS = (
         "spanloom_exchanges_dropped_total", "Exchanges that did not become a span, by reason.", "counter", ("reason",)
     ),
     Metric(
-        "spanloom_exchanges_in_flight", "Exchanges going on, or held for their place in a trace.", "gauge", ("where",)
+        "spanloom_exchanges_in_flight",
+        "Exchanges going on, or held for their place in a trace or for their pod.",
+        "gauge",
+        ("where",),
     ),
 )
 _KERNEL = (
@@ -70,14 +73,35 @@ _STITCHING = (
 _PIPELINE = (
     Metric("spanloom_records_unknown_total", "Ring-buffer records of an unknown kind.", "counter"),
     Metric("spanloom_records_superseded_total", "Records of exchanges that had been finished already.", "counter"),
+    Metric(
+        "spanloom_streams_lost_total",
+        "Times that the requests of a pipelined connection could not be followed, by reason.",
+        "counter",
+        ("reason",),
+    ),
+    Metric(
+        "spanloom_streams_unmatched_responses_total",
+        "Responses on pipelined connections without a request to go with.",
+        "counter",
+    ),
+    Metric(
+        "spanloom_streams_overlapping_bytes_total", "Bytes of pipelined connections that were seen before.", "counter"
+    ),
     Metric("spanloom_processes", "Processes whose resource is remembered.", "gauge"),
     Metric("spanloom_processes_vanished_total", "Processes that were gone before they could be looked up.", "counter"),
+    Metric("spanloom_processes_evicted_total", "Processes that were forgotten to make room for others.", "counter"),
 )
 _EXPORT = (
     Metric("spanloom_export_spans_total", "Spans by what became of them at the collector.", "counter", ("outcome",)),
     Metric("spanloom_export_dropped_total", "Spans that could not be delivered, by reason.", "counter", ("reason",)),
     Metric("spanloom_export_retries_total", "Batches sent again.", "counter"),
     Metric("spanloom_export_in_flight_spans", "Spans accepted for export and not settled.", "gauge"),
+    Metric("spanloom_export_waiting_spans", "Spans that wait for their batch to be full or old enough.", "gauge"),
+    Metric(
+        "spanloom_spans_without_exporter_total",
+        "Spans handed over while no endpoint was set: printed, or for nobody.",
+        "counter",
+    ),
 )
 _KUBE = (
     Metric("spanloom_kube_pods", "Pods of the node that are known.", "gauge"),
@@ -89,6 +113,7 @@ _KUBE = (
     Metric("spanloom_kube_peer_addresses", "Addresses and ports of services and endpoints that have a name.", "gauge"),
     Metric("spanloom_kube_peers_connected", "1 while the watches of services and endpoint slices are open.", "gauge"),
     Metric("spanloom_kube_peers_overflowed_total", "Addresses without a name because of the bound.", "counter"),
+    Metric("spanloom_kube_objects_malformed_total", "Objects of the API server that are no pods.", "counter"),
     Metric("spanloom_kube_spans_without_pod_total", "Spans that left before their pod was known.", "counter"),
     Metric("spanloom_kube_spans_held", "Spans that wait for their pod to be known.", "gauge"),
 )
@@ -107,13 +132,32 @@ def metric_sources(agent: Agent) -> list[Source]:
     """The sources of a running agent. They are read in the telemetry thread; each reads plain numbers only."""
 
     def books() -> dict[str, Any]:
-        state = agent.pipeline.books()
-        return {
+        # From the kernel to the collector at one moment, so that begun = exported + rejected + without an exporter +
+        # sampled out + dropped + in flight + waiting holds in every scrape.
+        with agent.pipeline.standing_still():
+            state = agent.pipeline.books()
+            batcher, exporter = agent.batcher, agent.exporter
+            waiting = batcher.waiting if batcher is not None else 0
+            not_exported = agent.not_exported.taken
+            export = exporter.snapshot() if exporter is not None else None
+        readings: dict[str, Any] = (
+            {}
+            if export is None
+            else {
+                "spanloom_export_spans_total": {"exported": export.exported, "rejected": export.rejected},
+                "spanloom_export_dropped_total": export.dropped,
+                "spanloom_export_retries_total": export.retries,
+                "spanloom_export_in_flight_spans": export.in_flight,
+            }
+        )
+        return readings | {
             "spanloom_exchanges_begun_total": state.begun,
             "spanloom_spans_handed_over_total": state.handed_over,
             "spanloom_spans_sampled_out_total": state.sampled_out,
             "spanloom_exchanges_dropped_total": state.dropped,
             "spanloom_exchanges_in_flight": {"kernel": state.in_flight_kernel, "agent": state.in_flight_agent},
+            "spanloom_export_waiting_spans": waiting,
+            "spanloom_spans_without_exporter_total": not_exported,
         }
 
     def kernel() -> dict[str, Any]:
@@ -137,25 +181,18 @@ def metric_sources(agent: Agent) -> list[Source]:
         return {
             "spanloom_records_unknown_total": agent.pipeline.unknown_records,
             "spanloom_records_superseded_total": agent.pipeline.superseded,
+            "spanloom_streams_lost_total": agent.pipeline.stream_losses.reasons,
+            "spanloom_streams_unmatched_responses_total": agent.pipeline.stream_losses.unmatched_responses,
+            "spanloom_streams_overlapping_bytes_total": agent.pipeline.stream_losses.overlapping_bytes,
             "spanloom_processes": len(agent.processes),
             "spanloom_processes_vanished_total": agent.processes.vanished,
-        }
-
-    def export() -> dict[str, Any]:
-        if agent.exporter is None:
-            return {}
-        state = agent.exporter.snapshot()
-        return {
-            "spanloom_export_spans_total": {"exported": state.exported, "rejected": state.rejected},
-            "spanloom_export_dropped_total": state.dropped,
-            "spanloom_export_retries_total": state.retries,
-            "spanloom_export_in_flight_spans": state.in_flight,
+            "spanloom_processes_evicted_total": agent.processes.evicted,
         }
 
     def kube() -> dict[str, Any]:
         if agent.cluster is None:
             return {}
-        watcher, batcher, peers = agent.cluster.watcher, agent.batcher, agent.cluster.peers
+        watcher, peers = agent.cluster.watcher, agent.cluster.peers
         named = {}
         if peers is not None:
             named = {
@@ -170,8 +207,9 @@ def metric_sources(agent: Agent) -> list[Source]:
             "spanloom_kube_events_total": watcher.events,
             "spanloom_kube_relists_total": watcher.relists,
             "spanloom_kube_failures_total": dict(watcher.failures),
-            "spanloom_kube_spans_without_pod_total": batcher.incomplete if batcher is not None else 0,
-            "spanloom_kube_spans_held": batcher.held if batcher is not None else 0,
+            "spanloom_kube_objects_malformed_total": agent.cluster.directory.malformed,
+            "spanloom_kube_spans_without_pod_total": agent.hold.incomplete,
+            "spanloom_kube_spans_held": agent.hold.held,
         }
 
     def config() -> dict[str, Any]:
@@ -186,11 +224,10 @@ def metric_sources(agent: Agent) -> list[Source]:
         }
 
     return [
-        Source(_BOOKS, books),
+        Source(_BOOKS + _EXPORT, books),
         Source(_KERNEL, kernel),
         Source(_STITCHING, stitching),
         Source(_PIPELINE, pipeline),
-        Source(_EXPORT, export),
         Source(_KUBE, kube),
         Source(_CONFIG, config),
         Source(_BUILD, lambda: {"spanloom_build_info": {__version__: 1}}),

@@ -6,18 +6,21 @@ time, what began, what left, what was dropped and why, and what is on its way.
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Protocol
 
 import msgspec
 
 from agent.errors import ProtocolError
+from agent.hold import Hold
 from agent.kernel.records import Decoder
 from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
 from agent.process import ProcessInfo, ProcessTable, Selector
-from agent.protocols.http1_stream import PipelinedConnection
+from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.stitch import Stitcher
 
 _FIRST = int(Flag.FIRST)
@@ -44,12 +47,7 @@ class ExchangeProtocol(Protocol):
 
 
 class Sink(Protocol):
-    """Where spans go. ``waiting`` counts those taken and not handed on yet, ``unwanted`` those that were dropped since
-    their process turned out not to be selected.
-    """
-
-    waiting: int
-    unwanted: int
+    """Where spans go."""
 
     def write(self, spans: Sequence[Span], now_ns: int) -> None: ...
     def tick(self, now_ns: int) -> None: ...
@@ -63,6 +61,7 @@ class Books(msgspec.Struct, frozen=True, kw_only=True):
     """``begun = handed_over + sampled_out + sum(dropped.values()) + in_flight`` holds exactly.
 
     ``handed_over`` spans have left the pipeline for an exporter or the console; the exporter keeps books of its own.
+    ``begun``, ``handed_over``, ``sampled_out`` and ``dropped`` never fall.
     """
 
     begun: int
@@ -74,7 +73,7 @@ class Books(msgspec.Struct, frozen=True, kw_only=True):
 
     @property
     def in_flight(self) -> int:
-        """Exchanges that are going on, in the ring buffer, or held for their place in a trace."""
+        """Exchanges that are going on, in the ring buffer, or held for their place in a trace or for their pod."""
         return self.in_flight_kernel + self.in_flight_agent
 
 
@@ -89,7 +88,14 @@ class _Account(msgspec.Struct, frozen=True, kw_only=True):
     streams_seen: int = 0
     streams_outstanding: int = 0
     waiting: int = 0
-    unwanted: int = 0
+
+
+READING_SECONDS = 1.0
+"""How long a reader waits for the pipeline to stand still: a console that nobody reads may stop it for ever."""
+
+
+def _no_protocol(exchange: Exchange) -> Call:
+    raise ProtocolError("protocol_off")
 
 
 class Pipeline:
@@ -110,6 +116,7 @@ class Pipeline:
         selector: Selector,
         stitcher: Stitcher,
         sinks: Sequence[Sink],
+        hold: Hold | None = None,
         on_process: Callable[[ProcessInfo], None] = lambda info: None,
         protocols_of: Callable[[ProcessInfo], Sequence[ExchangeProtocol] | None] = lambda info: None,
         max_pending: int = 32768,
@@ -123,11 +130,14 @@ class Pipeline:
         self._source = source
         self._decoder = decoder
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols]
+        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
         self._processes = processes
         self._selector = selector
         self._stitcher = stitcher
         self._sinks = list(sinks)
+        self._hold = hold if hold is not None else Hold()
+        # Whoever has it sees the account, the sinks and what they hand on to as they are between two batches.
+        self._hand_over_lock = threading.RLock()
         self._on_process = on_process
         self._max_pending = max_pending
         self._max_processes = max_processes
@@ -149,14 +159,17 @@ class Pipeline:
         self._streams: dict[int, PipelinedConnection] = {}
         self._streams_seen = 0
         self._streams_outstanding = 0
+        # Streams of which no request has been read yet: each stands for the exchange that the kernel has counted.
+        self._streams_unread: set[int] = set()
         self.received = 0
         """Exchanges of which a first record was read."""
         self.streamed = 0
         """Exchanges made from the segments of pipelined connections."""
         self.handed_over = 0
-        self._unwanted = 0
         self.dropped: Counter[str] = Counter()
         self._account = _Account()
+        self.stream_losses = StreamLosses()
+        """What pipelined connections could not make sense of, all of them together."""
         self.superseded = 0
         """Records of exchanges that had been finished already."""
         self._handlers = {
@@ -175,8 +188,11 @@ class Pipeline:
             total += len(offsets)
             taken_bytes += len(batch)
             self.feed(batch, offsets, now_ns)
-        for sink in self._sinks:
-            sink.tick(now_ns)
+        if self._hold.waiting:
+            self._hand_over(now_ns)
+        with self._hand_over_lock:
+            for sink in self._sinks:
+                sink.tick(now_ns)
         return total
 
     def feed(self, batch: bytes, offsets: Iterable[int], now_ns: int) -> None:
@@ -205,27 +221,58 @@ class Pipeline:
         """Place and hand over everything that waits. What has not ended yet stays in flight."""
         self._stitcher.flush()
         self._hand_over(now_ns)
-        for sink in self._sinks:
-            sink.flush()
+        with self._hand_over_lock:
+            self._write(self._hold.flush(), now_ns)
+            for sink in self._sinks:
+                sink.flush()
+
+    def abandon(self) -> None:
+        """Give up what is under way, since the probes were detached: nothing more will be seen of it.
+
+        Call it when the ring buffer has been emptied, and before the kernel forgets its connections.
+        """
+        for exchange_id in list(self._pending):
+            self._forget_pending(exchange_id)
+            self._stitcher.withdraw(exchange_id)
+            self.dropped["switched_off"] += 1
+        for connection_id in list(self._streams):
+            self._close_stream(connection_id, self._streams.pop(connection_id), None)
+        self._ended_early.clear()
+        with self._hand_over_lock:
+            self._close_account()
+            never_told = self.books().in_flight_kernel
+            self.received += never_told
+            self.dropped["switched_off"] += never_told
+            self._close_account()
+
+    @contextmanager
+    def standing_still(self) -> Iterator[None]:
+        """Keep spans from moving on while several accounts are read that have to fit together. For other threads."""
+        has_it = self._hand_over_lock.acquire(timeout=READING_SECONDS)
+        try:
+            yield
+        finally:
+            if has_it:
+                self._hand_over_lock.release()
 
     def books(self) -> Books:
         """The account of everything since the start; see Books."""
         # Another thread may ask in the middle of a batch: the agent's own numbers are those of the last whole batch,
         # and what was read since then still counts as in the kernel, which is asked last, or it would be behind.
-        account = self._account
-        kernel = self._source.counters()
+        with self.standing_still():
+            account = self._account
+            kernel = self._source.counters()
         dropped = Counter(account.dropped)
         for name in ("ring_full", "state_full", "not_http"):
             dropped[name] += kernel[f"dropped_{name}"]
         dropped["write_refused"] += kernel["cancelled"]
-        dropped["not_selected"] += account.unwanted
         left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
         left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
         streams_unseen = kernel["streamed"] - account.streams_seen
         return Books(
             # What entered stream mode counts as one exchange until its segments tell how many it is.
             begun=kernel["begun"] - account.streams_seen + account.streamed + account.streams_outstanding,
-            handed_over=account.handed_over - account.unwanted,
+            handed_over=account.handed_over,
             sampled_out=account.sampled_out,
             dropped=+dropped,
             in_flight_kernel=kernel["begun"] - left + kernel["emitted"] - account.received + streams_unseen,
@@ -234,16 +281,18 @@ class Pipeline:
 
     def _close_account(self) -> None:
         """Note the agent's side of the books, between two batches, where it adds up."""
+        dropped = dict(self.dropped)
+        if self._hold.unwanted:
+            dropped["not_selected"] = dropped.get("not_selected", 0) + self._hold.unwanted
         self._account = _Account(
             received=self.received,
             streamed=self.streamed,
             handed_over=self.handed_over,
             sampled_out=self._stitcher.sampled_out,
-            dropped=dict(self.dropped),
+            dropped=dropped,
             streams_seen=self._streams_seen,
             streams_outstanding=self._streams_outstanding,
-            unwanted=self._unwanted + sum(sink.unwanted for sink in self._sinks),
-            waiting=len(self._pending) + self._stitcher.held + self._streams_outstanding,
+            waiting=len(self._pending) + self._stitcher.held + self._streams_outstanding + self._hold.waiting,
         )
 
     @property
@@ -268,6 +317,16 @@ class Pipeline:
 
     def _hand_over(self, now_ns: int) -> None:
         spans = self._stitcher.take()
+        with self._hand_over_lock:
+            if not self._hold.is_idle:
+                for process in self._hold.overdue(now_ns):
+                    info = self._processes.get(process)
+                    if info is not None:
+                        self._decide(info)  # the last moment to learn of its pod
+                spans = self._hold.pass_on(spans, now_ns)
+            self._write(spans, now_ns)
+
+    def _write(self, spans: Sequence[Span], now_ns: int) -> None:
         if spans:
             self.handed_over += len(spans)
             for sink in self._sinks:
@@ -288,7 +347,12 @@ class Pipeline:
         if not decided[2]:
             if is_first:
                 self.dropped["not_selected"] += 1
-            return
+                if exchange.end <= _QUIET:
+                    self._remember_early_end(exchange.connection_id)
+                return
+            if exchange.exchange_id not in self._pending:
+                return
+            # It was begun while the process was selected, or its pod was not known: it ends as it began.
         if (
             not is_first
             or exchange.end <= _QUIET
@@ -404,7 +468,7 @@ class Pipeline:
         self._ended_early.discard(closed.connection_id)
         stream = self._streams.pop(closed.connection_id, None)
         if stream is not None:
-            self._close_stream(stream, closed)
+            self._close_stream(closed.connection_id, stream, closed)
             return
         exchange = self._pending.get(closed.exchange_id)
         if exchange is not None:
@@ -425,14 +489,16 @@ class Pipeline:
         if stream is None:
             if len(self._streams) >= self._max_pending:
                 oldest = next(iter(self._streams))
-                self._close_stream(self._streams.pop(oldest), None)
+                self._close_stream(oldest, self._streams.pop(oldest), None)
                 self._remember_early_end(oldest)
-            stream = self._streams[segment.connection_id] = PipelinedConnection()
+            stream = self._streams[segment.connection_id] = PipelinedConnection(self.stream_losses)
             if segment.connection_id in self._ended_early:
                 # What the kernel counts as streamed is in the books already, and the segments tell of it again.
                 self._ended_early.discard(segment.connection_id)
             else:
                 self._streams_seen += 1
+                self._streams_unread.add(segment.connection_id)
+                self._streams_outstanding += 1
             announced = self._pending_of.get(segment.connection_id)
             if announced is not None:
                 # The connection's first exchange had been reported before the second request came. The kernel counts it
@@ -442,17 +508,32 @@ class Pipeline:
                 self.received -= 1
                 self.superseded += 1
         lost, outstanding = stream.lost, stream.outstanding
-        self._take_streamed(stream.feed(segment))
+        ended = stream.feed(segment)
+        self._take_streamed(ended)
         self._count_stream(stream, lost, outstanding)
+        if self._streams_unread and (ended or stream.lost or stream.outstanding):
+            self._note_request(segment.connection_id)
 
-    def _close_stream(self, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
+    def _close_stream(self, connection_id: int, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
         lost, outstanding = stream.lost, stream.outstanding
         self._take_streamed(stream.close(closed))
         self._count_stream(stream, lost, outstanding)
+        if self._note_request(connection_id):
+            self.streamed += 1  # the kernel saw a request begin, and no request could be read
+            self.dropped["stream_lost"] += 1
+
+    def _note_request(self, connection_id: int) -> bool:
+        """Let a stream that was unread stand for the exchanges that were read from it; False when it did already."""
+        if connection_id not in self._streams_unread:
+            return False
+        self._streams_unread.discard(connection_id)
+        self._streams_outstanding -= 1
+        return True
 
     def _count_stream(self, stream: PipelinedConnection, lost: int, outstanding: int) -> None:
-        self.streamed += stream.lost - lost
-        self.dropped["stream_lost"] += stream.lost - lost
+        if stream.lost != lost:
+            self.streamed += stream.lost - lost
+            self.dropped["stream_lost"] += stream.lost - lost
         self._streams_outstanding += stream.outstanding - outstanding
 
     def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
@@ -479,7 +560,7 @@ class Pipeline:
     def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
         """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols]
+        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
         self._selector = selector
         self._decided.clear()
 
@@ -488,22 +569,26 @@ class Pipeline:
         for protocol in self._protocols:
             protocol.forget_peers()
 
-    def replace_sinks(self, make: Callable[[], Sequence[Sink]]) -> list[Sink]:
-        """Hand what comes next to other sinks; returns the old ones, which may still hold spans."""
-        old, self._sinks = self._sinks, list(make())
-        self._unwanted += sum(sink.unwanted for sink in old)
-        return old
+    def use_sinks(self, sinks: Sequence[Sink]) -> None:
+        """Hand what comes next to these sinks. Those that are not among them any more are flushed."""
+        with self._hand_over_lock:
+            old, self._sinks = self._sinks, list(sinks)
+            for sink in old:
+                if sink not in self._sinks:
+                    sink.flush()
 
     def _decide(self, info: ProcessInfo) -> _Decision:
         selected = self._selector.selects(info)
         special = self._protocols_of(info)
-        parsers = self._parsers if special is None else [protocol.parse for protocol in special]
+        parsers = self._parsers if special is None else [protocol.parse for protocol in special] or [_no_protocol]
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
         decided = self._decided[info.key[0]] = (info.key[1], info.key, selected, parsers)
         if info.is_placed or not selected:  # what is not known yet is captured all the same
             self._source.decide(*info.key, PROCESS_TRACED if selected else PROCESS_IGNORED)
         self._on_process(info)
+        if not (info.is_placed and self._hold.is_idle):
+            self._hold.review(info.key, info.is_placed, selected)
         return decided
 
     def threads_interleave(self, process: tuple[int, int]) -> bool:

@@ -41,6 +41,7 @@ _READ_CHUNK_BYTES = 16 * 1024
 
 # Bounds on what a process may declare about itself: what is over is left out, a longer value is cut.
 _DECLARED_PAIRS = 64
+_DECLARED_ITEMS = 256  # looked at, bad ones and repetitions included
 _DECLARED_KEY_CHARS = 255
 _DECLARED_VALUE_CHARS = 1024
 
@@ -409,10 +410,11 @@ def parse_resource_attributes(value: str) -> dict[str, str]:
     """The pairs of ``OTEL_RESOURCE_ATTRIBUTES`` (OpenTelemetry specification, Resource SDK): ``key=value,key2=...``.
 
     Keys and values are percent-decoded. A pair without ``=``, without a key, or that is no UTF-8 after decoding is left
-    out, as the SDKs do; of equal keys the last one wins. At most 64 pairs; values are cut at 1024 characters.
+    out, as the SDKs do; of equal keys the last one wins. At most 64 pairs, among the first 256 items; values are cut at
+    1024 characters.
     """
     pairs: dict[str, str] = {}
-    for item in value.split(","):
+    for item in value.split(",", _DECLARED_ITEMS)[:_DECLARED_ITEMS]:
         raw_key, separator, raw_value = item.partition("=")
         try:
             key = unquote_to_bytes(raw_key.strip()).decode()
@@ -450,8 +452,8 @@ def _read_declarations(directory_fd: int) -> dict[bytes, bytes]:
         *entries, rest = (rest + chunk).split(b"\0")  # an entry without its final NUL was cut, and is not used
         for entry in entries:
             if entry.startswith(b"OTEL_"):
-                name, _, value = entry.partition(b"=")
-                if name in (_SERVICE_NAME, _RESOURCE_ATTRIBUTES):
+                name, separator, value = entry.partition(b"=")
+                if separator and name in (_SERVICE_NAME, _RESOURCE_ATTRIBUTES):
                     found.setdefault(name, value)
         if len(found) == 2:
             break
@@ -521,8 +523,10 @@ _LANGUAGE_BY_NAME = (
     (re.compile(r"dotnet"), "dotnet"),
     (re.compile(r"beam(?:\.smp)?"), "erlang"),
 )
+# First that it is the last component of the line, without ever going back, then that it is a library: processes choose
+# the names of their mappings, and the time taken must grow only with their length.
 _RUNTIME_LIBRARY = re.compile(
-    rb"/lib(jvm|coreclr|python|ruby|php|node|stdc\+\+|c\+\+)[^/\n]*\.so[^/\n]*$", re.MULTILINE
+    rb"/lib(jvm|coreclr|python|ruby|php|node|stdc\+\+|c\+\+)(?=[^/\n]*+$)[^/\n]*?\.so", re.MULTILINE
 )
 _LANGUAGE_BY_LIBRARY = (
     (b"jvm", "java"),

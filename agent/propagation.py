@@ -58,12 +58,13 @@ class Extractor:
     both are configured ``b3`` is read before ``b3multi`` in either order.
 
     ``header_names`` holds the lower-case names of the headers that the configured formats read. ``malformed`` counts,
-    per format, the malformed headers seen so far; an id whose other half is missing counts as one.
+    per format, the malformed headers seen so far; an id whose other half is missing counts as one. Give the counts of
+    an extractor that this one follows to go on counting in them.
     """
 
     __slots__ = ("_format_by_header", "_formats", "context_behind_version", "header_names", "malformed")
 
-    def __init__(self, formats: Sequence[str]) -> None:
+    def __init__(self, formats: Sequence[str], malformed: dict[str, int] | None = None) -> None:
         order = list(formats)
         for position, name in enumerate(order):
             if name not in _FORMATS:
@@ -76,24 +77,31 @@ class Extractor:
         self._formats = tuple(_FORMATS[name] for name in order)
         self._format_by_header = {header: entry for entry in self._formats for header in entry[0]}
         self.header_names: frozenset[bytes] = frozenset(self._format_by_header)
-        self.malformed: dict[str, int] = dict.fromkeys(order, 0)
+        self.malformed: dict[str, int] = malformed if malformed is not None else {}
+        for name in order:
+            self.malformed.setdefault(name, 0)
         self.context_behind_version = context_behind_version
 
-    def extract(self, headers: _Headers) -> tuple[TraceContext | None, tuple[TraceContext, ...]]:
+    def extract(
+        self, headers: _Headers, malformed: dict[str, int] | None = None
+    ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]:
         """Return the first valid context in the configured order and those that disagree with it about trace or parent.
 
         ``headers`` maps lower-case names to the value, or to the list of values in order when the header was repeated;
         names outside ``header_names`` are ignored. A format that carries only a decision (``b3: 0``, ``X-B3-Sampled``
         or ``Sampled=`` without ids) yields no context, but decides for a first context that left the decision open, and
-        ``b3`` alone for the ids of the multiple headers, which it wins over. Never raises.
+        ``b3`` alone for the ids of the multiple headers, which it wins over. Malformed headers are counted in
+        ``malformed``, which must have a value for each format, when that is given. Never raises.
         """
         if not headers:
             return None, ()
+        if malformed is None:
+            malformed = self.malformed
         # One format alone, the common case: nothing can disagree, and a decision without ids is of no use.
         for header in headers:
             names, read = self._format_by_header.get(header, _NO_FORMAT)
             if len(headers) == 1 or names.issuperset(headers):
-                found = read(headers, self.malformed)
+                found = read(headers, malformed)
                 return (found, ()) if found.__class__ is TraceContext else (None, ())
             break
         first: TraceContext | None = None
@@ -103,7 +111,7 @@ class Extractor:
         for names, read in self._formats:
             if names.isdisjoint(headers):
                 continue
-            found = read(headers, self.malformed)
+            found = read(headers, malformed)
             if found is None:
                 continue
             if found is True or found is False:

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Sequence
 from types import FrameType
@@ -19,15 +18,16 @@ from types import FrameType
 from agent import __version__
 from agent.config import Config
 from agent.console import JsonConsole, TreeConsole
-from agent.errors import ExportError
+from agent.errors import ConfigError, ExportError, SpanloomError
+from agent.hold import Hold
 from agent.kernel.capture import Capture, CaptureSettings, give_memory_back
 from agent.kernel.records import Decoder
 from agent.kube.cluster import Cluster
 from agent.live import ConfigFile, Loaded, Refused, head_room, restart_needed
 from agent.metrics import metric_sources
-from agent.model import Span
-from agent.otlp.batch import Batcher, Subject
-from agent.otlp.exporter import OtlpExporter
+from agent.model import Attributes, Span
+from agent.otlp.batch import Batcher
+from agent.otlp.exporter import Destination, OtlpExporter
 from agent.otlp.settings import ExporterSettings
 from agent.overrides import Override, active, matches, next_end, parse_override
 from agent.overrides import apply as apply_override
@@ -51,12 +51,12 @@ CLOCK_TOLERANCE_NS = 500_000
 class ConsoleSink:
     """Prints spans. Nothing waits here that counts as in flight: printing is the end of a span's way."""
 
-    waiting = 0
-    unwanted = 0
-
     def __init__(self, console: TreeConsole | JsonConsole, processes: ProcessTable) -> None:
         self._console = console
         self._processes = processes
+
+    def prints_with(self, kind: type[TreeConsole | JsonConsole]) -> bool:
+        return type(self._console) is kind
 
     def write(self, spans: Sequence[Span], now_ns: int) -> None:
         lookup = self._processes.lookup
@@ -69,6 +69,22 @@ class ConsoleSink:
     def flush(self) -> None:
         if isinstance(self._console, TreeConsole):
             self._console.flush()
+
+
+class NotExported:
+    """Counts spans in place of an exporter, so that the books close without one, too."""
+
+    def __init__(self) -> None:
+        self.taken = 0
+
+    def write(self, spans: Sequence[Span], now_ns: int) -> None:
+        self.taken += len(spans)
+
+    def tick(self, now_ns: int) -> None:
+        """Nothing waits."""
+
+    def flush(self) -> None:
+        """Nothing waits."""
 
 
 class Agent:
@@ -84,9 +100,11 @@ class Agent:
         """Settings of the file in place that only a restart will apply."""
         self.config_file = config_file
         self._stopping = False
+        self._started = False
         self._attached = False
         self._stepped_at = time.monotonic()
-        self.exporter = _exporter(config)
+        destination = _destination(config)
+        self.exporter = OtlpExporter(destination) if destination is not None else None
         self.cluster = Cluster.of(config, os.environ)
         self.capture = Capture(_capture_settings(config))
         try:
@@ -114,7 +132,10 @@ class Agent:
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
         )
+        self.hold = Hold(hold_ns=int(config.kubernetes.wait_seconds * 1e9))
         self.batcher: Batcher | None = None
+        self.not_exported = NotExported()
+        self._console: ConsoleSink | None = None
         self.pipeline = Pipeline(
             source=self.capture,
             decoder=Decoder(self.capture.layout),
@@ -123,6 +144,7 @@ class Agent:
             selector=self.selector,
             stitcher=self.stitcher,
             sinks=self._sinks(config),
+            hold=self.hold,
             on_process=self._on_process,
             protocols_of=self._protocols_apart,
             max_pending=config.limits.connections,
@@ -130,25 +152,22 @@ class Agent:
             max_processes=config.limits.processes * 2,
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
-        self._follow_overrides(time.time_ns(), begin=True)
+        self._use_overrides(_overrides(config), time.time_ns())
         self.telemetry = Telemetry(metric_sources(self), is_ready=self.is_ready, is_healthy=self.is_healthy)
 
     # -- overrides: some processes have settings of their own for a time
 
-    def _follow_overrides(self, now_unix_ns: int, begin: bool = False) -> None:
-        """Take up those of the configuration (``begin``), or go on without those that have ended."""
-        if begin:
-            self._overrides = tuple(
-                parse_override(raw, f"overrides[{index}]") for index, raw in enumerate(self.config.overrides)
-            )
-        elif self._override_end is None or now_unix_ns < self._override_end:
-            return
-        self._overrides = active(self._overrides, now_unix_ns)
-        self._override_end = next_end(self._overrides, now_unix_ns)
-        self._apart: dict[tuple[Override, ...], tuple[list[ExchangeProtocol], Sampler]] = {}
-        if not begin:
+    def _follow_overrides(self, now_unix_ns: int) -> None:
+        """Go on without those that have ended."""
+        if self._override_end is not None and now_unix_ns >= self._override_end:
+            self._use_overrides(self._overrides, now_unix_ns)
             event(_log, "override_ended", left=len(self._overrides))
             self.pipeline.reconfigure(self._protocols(self.config), self.selector)
+
+    def _use_overrides(self, overrides: tuple[Override, ...], now_unix_ns: int) -> None:
+        self._overrides = active(overrides, now_unix_ns)
+        self._override_end = next_end(self._overrides, now_unix_ns)
+        self._apart: dict[tuple[Override, ...], tuple[list[ExchangeProtocol], Sampler]] = {}
 
     def _overrides_of(self, info: ProcessInfo) -> tuple[Override, ...]:
         if not self._overrides:
@@ -185,12 +204,12 @@ class Agent:
         if self.batcher is not None:
             self.batcher.forget_resource(info.key)
 
-    def _protocols(self, config: Config) -> list[ExchangeProtocol]:
+    def _protocols(self, config: Config, extractor: Extractor | None = None) -> list[ExchangeProtocol]:
         peers = self.cluster.peers if self.cluster is not None else None
         names = {"names_of_peer": peers.attributes} if peers is not None else {}
         return [
             protocol(
-                extractor=self.extractor,
+                extractor=extractor if extractor is not None else self.extractor,
                 request_headers=config.capture.request_headers,
                 response_headers=config.capture.response_headers,
                 allow_secret_headers=config.capture.dangerously_allow_secret_headers,
@@ -200,56 +219,79 @@ class Agent:
                 **names,
             )
             for protocol in PROTOCOLS
+            if protocol.name in config.capture.protocols
         ]
 
     def _sinks(self, config: Config) -> list[Sink]:
+        """The sinks that the configuration asks for; those that are there already are kept, with what they hold."""
         sinks: list[Sink] = []
-        if self.exporter is None:
-            self.batcher = None
-        else:
-            self.batcher = Batcher(
-                self.exporter,
-                self._subject,
-                max_spans=config.export.batch.max_spans,
-                max_delay_ns=int(config.export.batch.max_delay_seconds * 1e9),
-                hold_ns=int(config.kubernetes.wait_seconds * 1e9),
-            )
+        exports = config.export.otlp.endpoint is not None
+        if exports and self.exporter is not None:
+            batch = config.export.batch
+            bounds = {"max_spans": batch.max_spans, "max_delay_ns": int(batch.max_delay_seconds * 1e9)}
+            if self.batcher is None:
+                self.batcher = Batcher(self.exporter, self._resource_of, **bounds)
+            else:
+                self.batcher.reconfigure(**bounds)
             sinks.append(self.batcher)
-        console = _console(config, self.exporter is not None)
-        if console is not None:
-            sinks.append(ConsoleSink(console, self.processes))
+        else:
+            sinks.append(self.not_exported)
+        kind = _console_kind(config, exports)
+        if kind is None:
+            self._console = None
+        elif self._console is None or not self._console.prints_with(kind):
+            self._console = ConsoleSink(kind(sys.stdout), self.processes)
+        if self._console is not None:
+            sinks.append(self._console)
         return sinks
 
-    def _subject(self, process: tuple[int, int]) -> Subject:
-        info = self.processes.lookup(*process)
-        return Subject(info.resource, info.is_placed, not info.is_placed or self.selector.selects(info))
+    def _resource_of(self, process: tuple[int, int]) -> Attributes:
+        return self.processes.lookup(*process).resource
 
     def apply(self, config: Config) -> None:
         """Go on with other settings from the next batch of records on; call it between two turns of the loop.
 
-        What was read before keeps what it was read under. Settings that are fixed at start stay as they are.
+        What was read before keeps what it was read under. Settings that are fixed at start stay as they are. Raises
+        ConfigError, and then nothing has changed.
         """
-        old, self.config = self.config, config
+        old = self.config
+        # All that can fail comes first.
+        is_new_way = (old.export.otlp, old.export.queue_spans) != (config.export.otlp, config.export.queue_spans)
+        destination = _destination(config) if is_new_way else None
+        extractor = Extractor(config.propagation.formats, self.extractor.malformed)
+        sampler = Sampler(config.sampling.ratio, config.sampling.parent_based)
+        selector = _selector(config)
+        overrides = _overrides(config)
+        protocols = self._protocols(config, extractor)
+        if self.cluster is not None:
+            self.cluster.configure(config)
+        if config.capture.enabled and not self._attached:
+            try:
+                self._attach()
+            except SpanloomError as error:
+                raise ConfigError(f"capture.enabled: {error}") from error
+
+        self.config = config
         if (old.telemetry.log_level, old.telemetry.log_format) != (
             config.telemetry.log_level,
             config.telemetry.log_format,
         ):
             configure_logging(config.telemetry.log_level, config.telemetry.log_format)
-        if (old.export, old.kubernetes.wait_seconds) != (config.export, config.kubernetes.wait_seconds):
-            self._apply_export(old, config)
-        self.extractor = Extractor(config.propagation.formats)
+        self.extractor = extractor
         self.stitcher.reconfigure(
-            Sampler(config.sampling.ratio, config.sampling.parent_based),
+            sampler,
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
         )
-        if self.cluster is not None:
-            self.cluster.configure(config)
+        self.hold.hold_ns = int(config.kubernetes.wait_seconds * 1e9)
+        if old.export != config.export:
+            self._apply_export(config, destination)
         if old.resource != config.resource:
             self.processes.describe_with(tuple(config.resource.attributes.items()))
-        self.selector = _selector(config)
-        self._follow_overrides(time.time_ns(), begin=True)
-        self.pipeline.reconfigure(self._protocols(config), self.selector)
+        self.selector = selector
+        self._use_overrides(overrides, time.time_ns())
+        self.pipeline.reconfigure(protocols, selector)
+        self._follow_pods()  # before the kernel forgets, and before a record is judged by what pods were selected
         if old.select.ports != config.select.ports:
             self.capture.select_ports(config.select.ports.include, config.select.ports.exclude)
         self.capture.limit_heads(config.capture.request_head_bytes, config.capture.response_head_bytes)
@@ -261,31 +303,47 @@ class Agent:
             self.capture.forget_decisions()
         if self.batcher is not None:
             self.batcher.forget_resources()
+        if self._attached and not config.capture.enabled:
+            self._detach()
 
-    def _apply_export(self, old: Config, config: Config) -> None:
-        """Let everything that waits leave through the old sinks; an exporter that is replaced ends by itself."""
-        before = self.exporter
-        if old.export.otlp != config.export.otlp:
-            self.exporter = _exporter(config)
-        sinks = self.pipeline.replace_sinks(lambda: self._sinks(config))
-        for sink in sinks:
-            sink.flush()
-        if before is not None and before is not self.exporter:
-            threading.Thread(target=before.close, args=(SHUTDOWN_SECONDS,), name="otlp-retire", daemon=True).start()
+    def _apply_export(self, config: Config, destination: Destination | None) -> None:
+        """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
+        if destination is not None:
+            if self.exporter is None:
+                self.exporter = OtlpExporter(destination)
+            else:
+                self.exporter.redirect(destination)
+        self.pipeline.use_sinks(self._sinks(config))
 
     def start(self) -> None:
         """Open the telemetry endpoint, attach the probes, and begin to watch pods."""
         if self.config.telemetry.listen is not None:
             self.telemetry.start(self.config.telemetry.listen)
-        self.capture.attach([os.getpid()])
-        self._attached = True
-        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+        if self.config.capture.enabled:
+            self._attach()
+        self._started = True
         if self.cluster is not None:
             self.cluster.start()
 
+    def _attach(self) -> None:
+        self.capture.attach([os.getpid()])
+        self._attached = True
+        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+
+    def _detach(self) -> None:
+        """Take the probes away, with what they were seeing; what has ended is reported as ever."""
+        self.capture.detach()
+        self._attached = False
+        self.capture.hasten()
+        self.pipeline.sweep(time.monotonic_ns())
+        self.capture.hasten(False)
+        self.pipeline.abandon()
+        self.capture.forget_connections()
+        event(_log, "probes_detached")
+
     def is_ready(self) -> bool:
-        """True while the probes are attached."""
-        return self._attached
+        """True while the probes are attached, or are not to be."""
+        return self._attached or (self._started and not self.config.capture.enabled)
 
     def is_healthy(self) -> bool:
         """True while the loop turns."""
@@ -307,8 +365,8 @@ class Agent:
             self.capture.wait(kernel.poll_seconds)
             self._stepped_at = time.monotonic()
             now_ns = time.monotonic_ns()
-            self._follow_pods()
             self._follow_file()
+            self._follow_pods()
             self._follow_overrides(time.time_ns())
             self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
             if now_ns >= next_sweep_ns or (self.stitcher.is_crowded and now_ns >= soonest_sweep_ns):
@@ -334,15 +392,13 @@ class Agent:
 
     def _follow_file(self) -> None:
         """Apply a change of the configuration file, or say why not."""
-        outcome = self.config_file.poll() if self.config_file is not None else None
+        outcome = self.config_file.poll(self.apply) if self.config_file is not None else None
         if isinstance(outcome, Refused):
             event(_log, "config_refused", level=logging.ERROR, message=outcome.message)
             if self.cluster is not None:
                 self.cluster.report("ConfigRefused", outcome.message)
         elif isinstance(outcome, Loaded):
             fixed = self.restart_needed = restart_needed(self._started_with, outcome.config)
-            if outcome.changed:
-                self.apply(outcome.config)
             event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
 
     def close(self) -> None:
@@ -350,7 +406,7 @@ class Agent:
 
         An agent that never captured has no books to tell of: what stopped it is the only line of its log.
         """
-        captured = self._attached
+        captured, self._started = self._started, False
         try:
             if captured:
                 self._attached = False
@@ -366,6 +422,13 @@ class Agent:
                 self.exporter.close(SHUTDOWN_SECONDS)
             if captured:
                 books = self.pipeline.books()
+                exported = {}
+                if self.exporter is not None:
+                    counters = self.exporter.snapshot()
+                    exported = {
+                        "exported": counters.exported,
+                        "not_delivered": counters.rejected + sum(counters.dropped.values()),
+                    }
                 event(
                     _log,
                     "stopped",
@@ -374,6 +437,7 @@ class Agent:
                     sampled_out=books.sampled_out,
                     dropped=sum(books.dropped.values()),
                     in_flight=books.in_flight,
+                    **exported,
                 )
             self.telemetry.stop()
             self.capture.close()
@@ -432,11 +496,15 @@ def _selector(config: Config) -> Selector:
     return Selector(executables.include, executables.exclude, os.getpid(), host=config.select.host)
 
 
-def _exporter(config: Config) -> OtlpExporter | None:
+def _overrides(config: Config) -> tuple[Override, ...]:
+    return tuple(parse_override(raw, f"overrides[{index}]") for index, raw in enumerate(config.overrides))
+
+
+def _destination(config: Config) -> Destination | None:
     otlp = config.export.otlp
     if otlp.endpoint is None:
         return None
-    return OtlpExporter(
+    return Destination(
         ExporterSettings(
             endpoint=otlp.endpoint,
             headers=dict(otlp.headers),
@@ -451,10 +519,8 @@ def _exporter(config: Config) -> OtlpExporter | None:
     )
 
 
-def _console(config: Config, exports: bool) -> TreeConsole | JsonConsole | None:
+def _console_kind(config: Config, exports: bool) -> type[TreeConsole | JsonConsole] | None:
     choice = config.export.console
     if choice == "auto":
         choice = "off" if exports else "tree" if sys.stdout.isatty() else "json"
-    if choice == "tree":
-        return TreeConsole(sys.stdout)
-    return JsonConsole(sys.stdout) if choice == "json" else None
+    return {"tree": TreeConsole, "json": JsonConsole}.get(choice)

@@ -15,6 +15,11 @@ A server exchange S and a client exchange C are related in five ways (DESIGN.md,
 What an exchange depends on may arrive after it. It waits for the record it needs, or until the watermark says that no
 record of an earlier beginning is to come: after that everything that could matter is known. The wait is bounded by
 ``hold_ns`` in time and ``hold_spans`` in number; what had to leave early is counted.
+
+What the kernel says of threads holds where the thread that reads a request also answers it, and shows only with the
+answer: a call waits for the answer of the request that its thread read. A process is believed in advance (which matters
+when the wait gets too long, or no answer comes) once it has given ``_PROOFS`` answers on the thread that had read, and
+never again once another thread answered (``_migrating``).
 """
 
 from __future__ import annotations
@@ -49,7 +54,7 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
 
     ``target_id`` is the exchange that the kernel named: a server's peer, a client's parent. ``trace`` is None until the
     exchange has been placed in its trace; once its span was made ``exchange``, ``call`` and a client's ``context`` are
-    let go, and ``span_id`` is kept.
+    let go, and ``span_id`` is kept. ``end_ns`` is 0 while no byte of a response is known.
     """
 
     exchange_id: int
@@ -107,7 +112,13 @@ class Stitcher:
         self._served: dict[ProcessKey, _Index] = {}
         self._served_before: dict[ProcessKey, _Index] = {}
         self._servers: set[ProcessKey] = set()
+        # Processes in which an answer came from another thread than the one that had read the request; and those that
+        # answered on the same thread only, but not often enough to be believed: how often they did.
         self._migrating: set[ProcessKey] = set()
+        self._unproven: dict[ProcessKey, int] = {}
+        self._watermark_ns = 0
+        # When the oldest request began that a process, of those in _unproven, has not answered; as of the last sweep.
+        self._unanswered: dict[ProcessKey, int] = {}
         # Exchanges that could not be placed yet, oldest arrival first, and what an id that is not known is awaited by.
         self._undecided: dict[int, _Node] = {}
         self._expected: dict[int, _Node | list[_Node]] = {}
@@ -147,6 +158,11 @@ class Stitcher:
     _CROWDED_NODES = 10_000
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
     _PROCESSES = 16_384
+    # Answers on the thread that had read the request before a process is believed to do so always. Two threads that
+    # answer whatever comes next do this by chance once in 65 536 times.
+    _PROOFS = 16
+    # The sweep that returns a watermark has reported all answers that were given so long before it.
+    _REPORTED_NS = 200_000_000
 
     def add(self, exchange: Exchange, call: Call, process: ProcessKey | None = None) -> None:
         """Take a finished exchange. Its span comes out of ``take()`` as soon as its place is known.
@@ -163,6 +179,8 @@ class Stitcher:
                 node.end_ns = exchange.response_end_ns
                 node.finished = True
                 self._recent[exchange_id] = node
+                if node.role == _SERVER:
+                    self._learn_threads(node.process, exchange)
                 if node.trace is None:
                     self.held += 1
                 else:
@@ -189,13 +207,18 @@ class Stitcher:
 
     def announce(self, exchange: Exchange, call: Call) -> None:
         """Take what is known of an exchange that has not finished, so that others can refer to it."""
-        if exchange.exchange_id not in self._announced:
+        node = self._announced.get(exchange.exchange_id)
+        if node is not None:
+            if node.role == _SERVER and not node.end_ns:
+                self._learn_threads(node.process, exchange)
+                node.end_ns = exchange.response_end_ns
+        else:
             node = self._announced[exchange.exchange_id] = _Node(
                 exchange.exchange_id,
                 exchange.role,
                 (exchange.tgid, exchange.process_start_ns),
                 exchange.request_start_ns,
-                0,
+                exchange.response_end_ns,
                 exchange.flags,
                 exchange.peer_id if exchange.role == _SERVER else exchange.parent_id,
                 call.context,
@@ -239,24 +262,39 @@ class Stitcher:
         Both arguments are CLOCK_MONOTONIC nanoseconds.
         """
         overdue_ns = now_ns - self._hold_ns
+        self._watermark_ns = watermark_ns
+        self._unanswered.clear()
+        if self._unproven:
+            for node in self._announced.values():
+                if node.role == _SERVER and not node.end_ns and node.process in self._unproven:
+                    start_ns = self._unanswered.get(node.process, node.start_ns)
+                    self._unanswered[node.process] = min(start_ns, node.start_ns)
+        unready: set[int] = set()
         for node in list(self._undecided.values()):
             if node.start_ns < watermark_ns:
-                self._decide(node)
-            elif node.start_ns < overdue_ns or len(self._undecided) > self._hold_spans:
+                self._decide(node, unready)
+            if node.trace is None and (node.start_ns < overdue_ns or len(self._undecided) > self._hold_spans):
                 self.released_early += 1
                 self._decide(node)
         if watermark_ns >= self._generation_end_ns or len(self._recent) > self._GENERATION_NODES:
             # What refers to an exchange begins before it ends. The older generation had ended when the younger one was
             # begun, and of everything that began before that a record has been seen: nobody refers to it any more.
             self._generation_end_ns = now_ns
-            self._previous, self._recent = self._recent, {}
+            # An exchange is referred to for as long as it lasts, and while it or another that names it waits.
+            kept = dict(self._announced)
+            for node in self._undecided.values():
+                kept[node.exchange_id] = node
+                target = self._find(node.target_id)
+                if target is not None:
+                    kept[node.target_id] = target
+            self._previous, self._recent = self._recent, kept
             self._served_before, self._served = self._served, {}
-            for node in self._announced.values():  # an exchange is referred to for as long as it lasts
-                self._recent[node.exchange_id] = node
+            for node in kept.values():
                 if node.role == _SERVER:
                     self._index(node)
             if len(self._servers) > self._PROCESSES:
                 self._servers.clear()
+                self._unproven.clear()
             if len(self._migrating) > self._PROCESSES:
                 self._migrating.clear()
 
@@ -274,15 +312,16 @@ class Stitcher:
         """Drop what is remembered of a process that ended."""
         self._servers.discard(process)
         self._migrating.discard(process)
+        self._unproven.pop(process, None)
 
     def _enter(self, node: _Node, exchange: Exchange) -> None:
         exchange_id = node.exchange_id
         self._recent[exchange_id] = node
         if node.role == _SERVER:
-            if exchange.response_tid and exchange.response_tid != exchange.request_tid:
-                self._migrating.add(node.process)
             context = node.context
             self._index(node)
+            if exchange.response_tid != exchange.request_tid or (self._unproven and node.process in self._unproven):
+                self._learn_threads(node.process, exchange)
             if node.target_id:
                 self._follow(node, node.target_id)
             elif context is not None and node.finished:
@@ -308,7 +347,10 @@ class Stitcher:
     def _index(self, node: _Node) -> None:
         served = self._served.get(node.process)
         if served is None:
-            self._servers.add(node.process)
+            if node.process not in self._servers:
+                self._servers.add(node.process)
+                if node.process not in self._migrating:
+                    self._unproven[node.process] = 0
             served = self._served[node.process] = {}
         context = node.context
         if context is not None:
@@ -319,6 +361,18 @@ class Stitcher:
             earlier = served.setdefault(node.request_id, node)
             if earlier is not node:
                 _index_again(served, node.request_id, earlier, node)
+
+    def _learn_threads(self, process: ProcessKey, exchange: Exchange) -> None:
+        """Take notice of which thread answered a request."""
+        if not exchange.response_tid:
+            return
+        if exchange.response_tid != exchange.request_tid:
+            self._migrating.add(process)
+            self._unproven.pop(process, None)
+        elif process in self._unproven:
+            self._unproven[process] += 1
+            if self._unproven[process] >= self._PROOFS:
+                del self._unproven[process]
 
     def _enter_client(self, node: _Node) -> None:
         is_lone = node.context is None and not node.target_id and not node.request_id
@@ -331,6 +385,29 @@ class Stitcher:
 
     def _trusts_threads(self, process: ProcessKey) -> bool:
         return process not in self._migrating and not self._threads_interleave(process)
+
+    def _is_confirmed(self, served: _Node) -> bool:
+        """Whether the thread that read a request is known to have served it: it answered. While little is known of the
+        process, who answered the others that it had read until then must be known, too.
+        """
+        return bool(served.end_ns) and (
+            served.process not in self._unproven
+            or (
+                served.end_ns + self._REPORTED_NS < self._watermark_ns
+                and served.end_ns < self._unanswered.get(served.process, self._watermark_ns)
+            )
+        )
+
+    def _needs_thread(self, node: _Node) -> bool:
+        """Whether the headers alone do not tell where a client exchange belongs, and what caused it."""
+        context = node.context
+        if context is None:
+            return True
+        same_trace = self._candidates(node, context.trace_id)
+        if context.span_id is None:
+            return len(same_trace) != 1
+        same_parent = [one for one in same_trace if one.context is not None and one.context.span_id == context.span_id]
+        return len(same_parent) > 1 or not same_trace
 
     def _find(self, exchange_id: int) -> _Node | None:
         return self._recent.get(exchange_id) or self._previous.get(exchange_id)
@@ -376,6 +453,8 @@ class Stitcher:
         context, inbound = node.context, served.context
         if not self._trusts_threads(node.process):
             self._postpone(node)
+        elif not served.end_ns or (self._unproven and not self._is_confirmed(served)):
+            self._postpone(node)  # until it is known which thread answered: see _settle()
         elif context is None:
             self._place(node, served.trace, _span_id(served), "thread")
         elif inbound is not None and inbound.trace_id == context.trace_id and inbound.span_id == context.span_id:
@@ -385,16 +464,22 @@ class Stitcher:
         else:
             self._postpone(node)  # the trace of another exchange of this process, or a foreign one
 
-    def _decide(self, node: _Node) -> None:
-        """Place a node, and what it depends on, with what is known: nothing more is to come.
+    def _decide(self, node: _Node, unready: set[int] | None = None) -> None:
+        """Place a node, and what it depends on, with what is known: no record is to come of what began before it.
 
-        Chains may be long: they are walked with a list, not by recursion.
+        With ``unready`` it may find that it has to wait for an answer: then it goes on waiting, and is noted there with
+        all that waits for it. Chains may be long: they are walked with a list, not by recursion.
         """
         node.is_deciding = True
         chain = [node]
         while chain:
             last = chain[-1]
-            needed = self._settle(last) if last.trace is None else None
+            needed = self._settle(last, unready is None) if last.trace is None else None
+            if unready is not None and needed is not None and (needed is last or needed.exchange_id in unready):
+                for one in chain:
+                    one.is_deciding = False
+                    unready.add(one.exchange_id)
+                return
             if needed is not None:
                 needed.is_deciding = True
                 chain.append(needed)
@@ -402,12 +487,22 @@ class Stitcher:
                 last.is_deciding = False
                 chain.pop()
 
-    def _settle(self, node: _Node) -> _Node | None:
-        """Place a node, or return the one that has to be placed before it. References in a circle are cut."""
+    def _settle(self, node: _Node, at_once: bool) -> _Node | None:
+        """Place a node, or return the one that has to be placed before it: itself when it has to wait for an answer.
+        References in a circle are cut.
+        """
         target_id = node.target_id
-        if node.role != _SERVER and not self._trusts_threads(node.process):
+        is_client = node.role != _SERVER
+        if is_client and not self._trusts_threads(node.process):
             target_id = 0
         target = self._find(target_id) if target_id else None
+        if is_client and target is not None and not self._is_confirmed(target):
+            if not at_once and (target.end_ns or not target.finished):
+                if self._needs_thread(node):
+                    return node
+                target, target_id = None, 0
+            elif not target.end_ns and node.process in self._unproven:
+                target, target_id = None, 0
         if target is not None and target.trace is None:
             if not target.is_deciding:
                 return target  # it began before this one, so it is due as well
@@ -416,7 +511,7 @@ class Stitcher:
             self.parents_lost += 1
             node.target_id = 0
             self._expect_no_longer(node, target_id)
-        if node.role == _SERVER:
+        if not is_client:
             if target is not None:
                 self._place(node, target.trace, _span_id(target), "peer")
             else:

@@ -133,6 +133,9 @@ class _Exposition:
 
         try:
             encode, content_type = choose_encoder(accept)
+            # The version is the client's own text, and the library takes one with line feeds around it.
+            if not (content_type.isascii() and content_type.isprintable()):
+                raise ValueError(f"a version with characters that no header may have: {content_type!r}")
             return content_type, encode(self._registry)
         except (LookupError, TypeError, ValueError):  # a version or an escaping scheme that does not exist
             return CONTENT_TYPE_PLAIN_0_0_4, generate_latest(self._registry)
@@ -141,7 +144,7 @@ class _Exposition:
 # ---------------------------------------------------------------------------------------------------- server
 
 _MAX_CONNECTIONS = 8  # one more closes the oldest, so a client that holds connections cannot lock out a probe
-_REQUEST_HEAD_BYTES = 8192  # a longer head is answered with 431
+_REQUEST_HEAD_BYTES = 8192  # a longer head, its empty line included, is answered with 431
 _CONNECTION_SECONDS = 5.0  # from accept to close, however slowly the client reads or writes
 _LINGER_SECONDS = 1.0  # for the client to close after the response; unread input would turn close into a reset
 
@@ -271,8 +274,9 @@ class Telemetry:
                     self._close(selector, connection)
                     return
                 connection.incoming += data
-                head_bytes = connection.incoming.find(b"\r\n\r\n")
-                if head_bytes < 0 and len(connection.incoming) <= _REQUEST_HEAD_BYTES:
+                # Within the bound only, so that the answer does not depend on how the head is cut into segments.
+                head_bytes = connection.incoming.find(b"\r\n\r\n", 0, _REQUEST_HEAD_BYTES)
+                if head_bytes < 0 and len(connection.incoming) < _REQUEST_HEAD_BYTES:
                     return
                 response = self._respond(bytes(connection.incoming[:head_bytes])) if head_bytes >= 0 else _response(431)
                 connection.outgoing = memoryview(response)

@@ -142,8 +142,9 @@ class ApiServer:
     """The server; a context manager. With ``listening=False`` the port is reserved and refuses connections.
 
     Control: ``put``, ``delete``, ``compact``, ``tokens`` (what is accepted), ``deny`` (pairs of verb and resource,
-    ``*`` for any), ``delay`` (seconds before each answer), ``fail_next``, ``drop_connections``, ``inject``,
-    ``bookmark``, ``refuse_connections``, ``accept_connections``. To look at: ``requests``, ``recorded_events``.
+    ``*`` for any), ``delay`` (seconds before each answer), ``watch_second`` (how long a second of ``timeoutSeconds``
+    lasts, which is a whole number), ``fail_next``, ``drop_connections``, ``inject``, ``bookmark``,
+    ``refuse_connections``, ``accept_connections``. To look at: ``requests``, ``recorded_events``.
     """
 
     def __init__(
@@ -167,6 +168,7 @@ class ApiServer:
         self.tokens: set[str] = set()
         self.deny: set[tuple[str, str]] = set()
         self.delay = 0.0
+        self.watch_second = 1.0
         self.requests: list[Request] = []
         self.recorded_events: list[Json] = []
         self.handshake_failures = 0
@@ -275,6 +277,8 @@ class ApiServer:
     def refuse_connections(self) -> None:
         """As if the server were not running: its port refuses, its connections are cut."""
         with self._changed:
+            with suppress(OSError):  # not listening at present
+                self._listener.shutdown(socket.SHUT_RDWR)  # wakes the accept of the other thread, as a close does not
             self._listener.close()
             self._generation += 1
         self.drop_connections()
@@ -291,7 +295,7 @@ class ApiServer:
     def accept_connections(self) -> None:
         listener = self._listener
         listener.listen(512)
-        listener.settimeout(0.1)  # closing a socket does not wake the accept of another thread
+        listener.settimeout(0.1)
         threading.Thread(target=self._accept, args=(listener, self._generation), name="apiserver", daemon=True).start()
 
     def write_service_account(self, directory: Path, namespace: str = "spanloom") -> Path:
@@ -674,7 +678,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._chunk(_line("ERROR", refused.status()))
             self._chunk(b"")
             return
-        deadline = time.monotonic() + timeout_seconds
+        deadline = time.monotonic() + timeout_seconds * api.watch_second
         next_bookmark = time.monotonic() + api.bookmark_seconds
         with api._changed:
             state.watching = True
@@ -691,7 +695,7 @@ class _Handler(BaseHTTPRequestHandler):
                     if not (changes or pending or state.injected or state.bookmarks > asked_bookmarks):
                         wake = min(deadline, next_bookmark if allows_bookmarks else deadline)
                         if now < wake:
-                            api._changed.wait(min(wake - now, 0.2))
+                            api._changed.wait(min(wake - now, 0.05))
                             if self._is_gone():
                                 raise OSError("the client is gone")
                             continue

@@ -29,6 +29,7 @@ int bpf_map__reuse_fd(struct bpf_map *map, int fd);
 int bpf_map_get_fd_by_id(uint32_t id);
 int bpf_map__set_max_entries(struct bpf_map *map, uint32_t entries);
 int bpf_map__set_value_size(struct bpf_map *map, uint32_t bytes);
+uint32_t bpf_map__key_size(const struct bpf_map *map);
 void *bpf_map__initial_value(struct bpf_map *map, size_t *bytes);
 int bpf_map_update_elem(int fd, const void *key, const void *value, uint64_t flags);
 int bpf_map_lookup_elem(int fd, const void *key, void *value);

@@ -199,11 +199,14 @@ class Capture:
         lib.bpf_map_update_elem(self._maps["processes"], key, value, 0)
 
     def counters(self) -> dict[str, int]:
-        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time."""
+        """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time.
+
+        ``begun`` is read last: whatever has ended by then is among what has begun, and not the other way round.
+        """
         result = {}
         key = ffi.new("uint32_t *")
         values = ffi.new("uint64_t[]", self._cpus)  # of this call alone: the look-up lets other threads run
-        for index, name in enumerate(self.layout.counters):
+        for index, name in sorted(enumerate(self.layout.counters), key=lambda entry: entry[1] == "begun"):
             key[0] = index
             lib.bpf_map_lookup_elem(self._maps["counters"], key, values)
             result[name] = sum(ffi.unpack(values, self._cpus))
@@ -247,14 +250,17 @@ class Capture:
             lib.bpf_link__destroy(self._links.pop())
 
     def forget_connections(self) -> None:
-        """Drop the state of every connection, while detached: it tells nothing of what follows a pause in capturing."""
-        # tracked_connections is the kernel's to count; too high a number costs a sweep and nothing else.
-        for key in self._keys(self._maps["connections"], "uint64_t"):
-            lib.bpf_map_delete_elem(self._maps["connections"], ffi.new("uint64_t *", key))
+        """Drop what the kernel knows, while detached: it tells nothing of what follows a pause in capturing."""
+        for name in ("connections", "endpoints", "threads", "processes"):
+            descriptor = lib.bpf_map__fd(self._map(name))
+            for key in self._keys(name):
+                lib.bpf_map_delete_elem(descriptor, key)
+        self._tracked[0] = 0
+        self._release_sweep()
 
-    def hasten(self) -> None:
-        """Let the next sweep report responses without waiting for silence. For the end: there is no way back."""
-        ffi.cast("uint64_t *", self._variable(".bss", "draining", 8))[0] = 1
+    def hasten(self, hurry: bool = True) -> None:
+        """Let sweeps report responses without waiting for silence, before the capture ends; ``False``: no longer."""
+        ffi.cast("uint64_t *", self._variable(".bss", "draining", 8))[0] = hurry
 
     def close(self) -> None:
         """Detach and release everything. May be called twice."""
@@ -339,22 +345,20 @@ class Capture:
     def forget_decisions(self) -> None:
         """Let every process but the agent itself be announced and decided on anew, at its next exchange."""
         descriptor, value = self._maps["processes"], ffi.new("unsigned char[]", self._process.size)
-        for key in self._keys(descriptor, "uint32_t"):
-            wanted = ffi.new("uint32_t *", key)
+        for wanted in self._keys("processes"):
             if lib.bpf_map_lookup_elem(descriptor, wanted, value) == 0:
                 start_ns, state, _ = self._process.unpack(ffi.buffer(value))
                 if start_ns and state == PROCESS_IGNORED:
                     lib.bpf_map_delete_elem(descriptor, wanted)
 
-    @staticmethod
-    def _keys(descriptor: int, kind: str) -> list[int]:
-        """The keys of a map at this moment; one that changes meanwhile may be missed."""
-        key, following, keys = ffi.new(f"{kind} *"), ffi.new(f"{kind} *"), []
-        previous = ffi.NULL
+    def _keys(self, name: str) -> list[Any]:
+        """The keys of a map at this moment, as bytes in memory; one that changes meanwhile may be missed."""
+        found = self._map(name)
+        descriptor, size, keys = lib.bpf_map__fd(found), lib.bpf_map__key_size(found), []
+        previous, following = ffi.NULL, ffi.new("unsigned char[]", size)
         while lib.bpf_map_get_next_key(descriptor, previous, following) == 0:
-            key[0] = following[0]
-            keys.append(key[0])
-            previous = key
+            previous, following = following, ffi.new("unsigned char[]", size)
+            keys.append(previous)
             if len(keys) > 1 << 20:  # a map that changes under the walk may lead it in a circle
                 break
         return keys

@@ -15,8 +15,11 @@ At any time, exactly, all in spans (``snapshot`` reads them under one lock):
 
 where *in flight* is what waits in the queue, is being sent or waits for its retry.
 
+``redirect`` changes where and how to export while all of that goes on: what waits is taken along, and what is being
+sent ends where it began; it goes the new way, too, when it fails there.
+
 The channel is opened and the threads are started by the first ``submit``: a process may fork before that, not after.
-gRPC is imported when an exporter is made, not with this module.
+gRPC is imported when a destination is made, not with this module.
 """
 
 from __future__ import annotations
@@ -66,7 +69,40 @@ class ExporterCounters(msgspec.Struct, frozen=True, kw_only=True):
     in_flight: int
 
 
+class Destination:
+    """Where and how to export, found to be usable as far as that can be told before a connection is tried.
+
+    Raises ConfigError for settings that can never work.
+    """
+
+    def __init__(self, settings: ExporterSettings) -> None:
+        import grpc  # noqa: F401 - a tenth of a second, here rather than in the first submit
+
+        self.settings = settings
+        self.target, self.uses_tls = parse_endpoint(settings.endpoint, settings.insecure)
+        self.metadata = metadata_of(settings.headers)
+        self.certificates = read_certificates(settings) if self.uses_tls else (None, None, None)
+        require_positive(settings)
+
+
 _Attempt = Callable[[bytes], tuple[str, bytes, str]]
+
+
+class _Line:
+    """The channel to one destination and the threads that send on it. ``running`` counts those that have not ended.
+
+    Once ``is_retired`` they take no further batch, and a batch that fails goes back into the queue.
+    """
+
+    __slots__ = ("attempt", "channel", "is_retired", "running", "settings", "threads")
+
+    def __init__(self, settings: ExporterSettings, channel: grpc.Channel, attempt: _Attempt) -> None:
+        self.settings = settings
+        self.channel = channel
+        self.attempt = attempt
+        self.threads: list[threading.Thread] = []
+        self.running = settings.max_in_flight
+        self.is_retired = False
 
 
 class _Batch:
@@ -83,14 +119,11 @@ class _Batch:
 class OtlpExporter:
     """Exports batches to one collector. Thread-safe. Raises ConfigError for settings that can never work."""
 
-    def __init__(self, settings: ExporterSettings) -> None:
-        import grpc  # noqa: F401 - a tenth of a second, here rather than in the first submit
-
-        self.target, self.uses_tls = parse_endpoint(settings.endpoint, settings.insecure)
-        self._settings = settings
-        self._metadata = metadata_of(settings.headers)
-        self._certificates = read_certificates(settings) if self.uses_tls else (None, None, None)
-        require_positive(settings)
+    def __init__(self, destination: Destination | ExporterSettings) -> None:
+        if isinstance(destination, ExporterSettings):
+            destination = Destination(destination)
+        self._destination = destination
+        self._settings = destination.settings
         lock = threading.RLock()
         self._changed = threading.Condition(lock)
         self._work_waits = threading.Condition(lock)  # wakes one worker, not all that wait for anything
@@ -98,8 +131,8 @@ class OtlpExporter:
         self._active: set[_Batch] = set()
         self._in_flight_spans = 0
         self._in_flight_bytes = 0
-        self._channel: grpc.Channel | None = None
-        self._threads: list[threading.Thread] = []
+        self._line: _Line | None = None
+        self._retired: list[_Line] = []
         self._closing = False
         self.accepted = 0
         self.exported = 0
@@ -109,6 +142,15 @@ class OtlpExporter:
         self._state = "new"
         self._queue_is_full = False
         self._logged_at: dict[str, float] = {}
+
+    @property
+    def target(self) -> str:
+        """What gRPC is told to connect to."""
+        return self._destination.target
+
+    @property
+    def uses_tls(self) -> bool:
+        return self._destination.uses_tls
 
     @property
     def in_flight_spans(self) -> int:
@@ -149,7 +191,7 @@ class OtlpExporter:
                     self._queue_is_full = True
                     self._log(logging.WARNING, "otlp.queue_full", spans=self._in_flight_spans)
                 return False
-            if not self._threads:
+            if self._line is None:
                 self._open()
             self._queue_is_full = False
             self.accepted += span_count
@@ -158,6 +200,27 @@ class OtlpExporter:
             self._queue.append(_Batch(payload, span_count))
             self._work_waits.notify()
             return True
+
+    def redirect(self, destination: Destination) -> None:
+        """Export there from now on. Loses nothing, counts on, and does not wait.
+
+        What waits in the queue or for its retry is sent to the new destination. A call under way is left to end: with
+        success, or, once it fails for whatever reason, with another try at the new destination.
+        """
+        with self._changed:
+            self._destination = destination
+            self._settings = destination.settings
+            self._state = "new"
+            self._queue_is_full = False
+            self._logged_at.clear()
+            line, self._line = self._line, None
+            if line is not None:
+                line.is_retired = True
+                self._retired = [other for other in self._retired if other.running] + [line]
+                self._changed.notify_all()
+                self._work_waits.notify_all()
+            if self._queue:
+                self._open()
 
     def flush(self, timeout_seconds: float) -> bool:
         """Wait until nothing is in flight. False when the time is up first."""
@@ -179,17 +242,21 @@ class OtlpExporter:
             for batch in [*self._queue, *self._active]:
                 self._drop(batch, "shutdown")
             self._queue.clear()
-            channel, self._channel = self._channel, None
+            lines = [*self._retired, *([self._line] if self._line is not None else [])]
             self._changed.notify_all()
-        if channel is not None:
-            channel.close()
-        for thread in self._threads:
-            thread.join(1.0)
+            self._work_waits.notify_all()
+        for line in lines:
+            line.channel.close()
+        deadline = time.monotonic() + 1.0
+        for line in lines:
+            for thread in line.threads:
+                thread.join(max(0.0, deadline - time.monotonic()))
 
     def _open(self) -> None:
         import grpc
 
-        settings = self._settings
+        destination = self._destination
+        settings = destination.settings
         options = (
             ("grpc.primary_user_agent", USER_AGENT),
             ("grpc.max_send_message_length", -1),
@@ -204,19 +271,19 @@ class OtlpExporter:
             ("grpc.keepalive_time_ms", 30_000),
             ("grpc.keepalive_timeout_ms", 10_000),
         )
-        if self.uses_tls:
-            credentials = grpc.ssl_channel_credentials(*self._certificates)
-            self._channel = grpc.secure_channel(self.target, credentials, options)
+        if destination.uses_tls:
+            credentials = grpc.ssl_channel_credentials(*destination.certificates)
+            channel = grpc.secure_channel(destination.target, credentials, options)
         else:
-            self._channel = grpc.insecure_channel(self.target, options)
-        call = self._channel.unary_unary(METHOD)
+            channel = grpc.insecure_channel(destination.target, options)
+        call = channel.unary_unary(METHOD)
         compression = grpc.Compression.Gzip if settings.compression == "gzip" else None
 
         def attempt(payload: bytes) -> tuple[str, bytes, str]:
             """``("ok", response, "")``, or code in lower case, status details and message of the failure."""
             try:
                 response = call(
-                    payload, timeout=settings.timeout_seconds, metadata=self._metadata, compression=compression
+                    payload, timeout=settings.timeout_seconds, metadata=destination.metadata, compression=compression
                 )
             except grpc.RpcError as error:
                 trailers = dict(error.trailing_metadata() or ())
@@ -224,42 +291,56 @@ class OtlpExporter:
                 return error.code().name.lower(), details, error.details() or ""
             return "ok", response, ""
 
-        self._threads = [
-            threading.Thread(target=self._work, args=(attempt,), name=f"otlp-export-{number}", daemon=True)
+        self._line = line = _Line(settings, channel, attempt)
+        line.threads = [
+            threading.Thread(target=self._work, args=(line,), name=f"otlp-export-{number}", daemon=True)
             for number in range(settings.max_in_flight)
         ]
-        for thread in self._threads:
+        for thread in line.threads:
             thread.start()
 
-    def _work(self, attempt: _Attempt) -> None:
-        while True:
-            with self._changed:
-                self._work_waits.wait_for(lambda: self._queue or self._closing)
-                if not self._queue:
-                    return
-                batch = self._queue.popleft()
-                self._active.add(batch)
+    def _work(self, line: _Line) -> None:
+        while (batch := self._next(line)) is not None:
             try:
-                self._deliver(batch, attempt)
+                self._deliver(batch, line)
             except Exception as error:  # a closed channel raises ValueError; any other must not end the thread
                 with self._changed:
                     if not batch.settled:
                         self._drop(batch, "exporter_error")
                         self._log(logging.ERROR, "otlp.internal_error", error=repr(error))
 
-    def _deliver(self, batch: _Batch, attempt: _Attempt) -> None:
-        settings = self._settings
+        with self._changed:
+            line.running -= 1
+            is_last = line.is_retired and not line.running
+        if is_last:
+            line.channel.close()
+
+    def _next(self, line: _Line) -> _Batch | None:
+        """Wait for work; None when there is to be no more of it here."""
+        with self._changed:
+            # At the end, what a retired line is still sending may yet come back.
+            self._work_waits.wait_for(
+                lambda: line.is_retired or self._queue or (self._closing and not (self._active and self._retired))
+            )
+            if line.is_retired or not self._queue:
+                return None
+            batch = self._queue.popleft()
+            self._active.add(batch)
+            return batch
+
+    def _deliver(self, batch: _Batch, line: _Line) -> None:
+        settings = line.settings
         backoff_seconds = settings.backoff_initial_seconds
         last_start = time.monotonic() + settings.retry_elapsed_seconds
         while True:
-            code, data, message = attempt(batch.payload)
+            code, data, message = line.attempt(batch.payload)
             if code == "ok":
-                self._acknowledge(batch, data)
+                self._acknowledge(batch, line, data)
                 return
             delay_seconds, throttled = retry_delay_seconds(code, data, backoff_seconds)
             backoff_seconds = min(backoff_seconds * BACKOFF_FACTOR, settings.backoff_max_seconds)
             with self._changed:
-                if batch.settled:
+                if batch.settled or self._came_back(batch, line):
                     return
                 if delay_seconds is None:
                     self._drop(batch, code)
@@ -271,18 +352,31 @@ class OtlpExporter:
                     return
                 if self._state != "dropping":
                     self._enter("retrying", logging.WARNING, "otlp.export_failing", code=code, message=message)
-                self._wait_for_retry(batch, delay_seconds, throttled)
-                if batch.settled:
+                self._wait_for_retry(batch, line, delay_seconds, throttled)
+                if batch.settled or self._came_back(batch, line):
                     return
                 self.retries += 1
 
-    def _wait_for_retry(self, batch: _Batch, delay_seconds: float, throttled: bool) -> None:
-        self._changed.wait_for(lambda: batch.settled or (self._closing and not throttled), delay_seconds)
-        if self._closing and not throttled:
-            pause_seconds = min(delay_seconds, CLOSING_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)
-            self._changed.wait_for(lambda: batch.settled, pause_seconds)
+    def _came_back(self, batch: _Batch, line: _Line) -> bool:
+        """Whether the line is retired; then its batch goes back to the front of the queue, for the line of today."""
+        if line.is_retired:
+            self._active.discard(batch)
+            self._queue.appendleft(batch)
+            if self._line is None:
+                self._open()
+            self._work_waits.notify()
+        return line.is_retired
 
-    def _acknowledge(self, batch: _Batch, response: bytes) -> None:
+    def _wait_for_retry(self, batch: _Batch, line: _Line, delay_seconds: float, throttled: bool) -> None:
+        def is_over() -> bool:
+            return batch.settled or line.is_retired
+
+        self._changed.wait_for(lambda: is_over() or (self._closing and not throttled), delay_seconds)
+        if self._closing and not throttled and not is_over():
+            pause_seconds = min(delay_seconds, CLOSING_BACKOFF_SECONDS) * random.uniform(0.5, 1.0)
+            self._changed.wait_for(is_over, pause_seconds)
+
+    def _acknowledge(self, batch: _Batch, line: _Line, response: bytes) -> None:
         rejected, message = partial_success(response)
         rejected = min(rejected, batch.span_count)
         with self._changed:
@@ -291,6 +385,8 @@ class OtlpExporter:
             self._settle(batch)
             self.exported += batch.span_count - rejected
             self.rejected += rejected
+            if line.is_retired:
+                return  # it says nothing of the collector of today
             if rejected or message:
                 event = "otlp.partial_success" if rejected else "otlp.collector_warning"
                 self._enter(event, logging.WARNING, event, rejected_spans=rejected, message=message)
@@ -309,6 +405,8 @@ class OtlpExporter:
         self._in_flight_spans -= batch.span_count
         self._in_flight_bytes -= len(batch.payload)
         self._changed.notify_all()
+        if self._closing:
+            self._work_waits.notify_all()
 
     def _enter(self, state: str, level: int, event: str, **values: object) -> None:
         """Log on the way into a state, not while it lasts."""

@@ -11,6 +11,7 @@ by value). Every memo is bounded and emptied when full, so hostile variety costs
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from socket import AF_INET, AF_INET6, inet_ntop
 from typing import Protocol
@@ -70,11 +71,12 @@ class _Extractor(Protocol):
     """What is needed of ``agent.propagation.Extractor``."""
 
     header_names: frozenset[bytes]
+    malformed: dict[str, int]
 
     def context_behind_version(self, value: bytes, trace_state: str) -> TraceContext | None: ...
 
     def extract(
-        self, headers: Mapping[bytes, bytes | list[bytes]]
+        self, headers: Mapping[bytes, bytes | list[bytes]], malformed: dict[str, int]
     ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]: ...
 
     def decision(self, headers: Mapping[bytes, bytes | list[bytes]]) -> bool | None: ...
@@ -82,6 +84,8 @@ class _Extractor(Protocol):
 
 class Http1:
     """Parses records of HTTP/1.x exchanges; keeps nothing of an exchange but memos of repeated text."""
+
+    name = "http1"
 
     def __init__(
         self,
@@ -113,6 +117,8 @@ class Http1:
         self._extract = extractor.extract
         self._decision = extractor.decision
         self._context_names = extractor.header_names
+        self._malformed = extractor.malformed
+        self._malformed_here: defaultdict[str, int] = defaultdict(int)  # of the record at hand
 
         read = {b"host", b"user-agent", b"content-length", b"transfer-encoding", b"forwarded", b"x-forwarded-for"}
         unique = {*extractor.header_names, b"x-request-id"}
@@ -260,6 +266,7 @@ class Http1:
         context: TraceContext | None = None
         others: tuple[TraceContext, ...] = ()
         decision: bool | None = None
+        malformed: dict[str, int] | None = None
         if fields:
             if exchange.role == _SERVER and client and (b"x-forwarded-for" in fields or b"forwarded" in fields):
                 forwarded = syntax.read_forwarded(
@@ -274,7 +281,9 @@ class Http1:
             if known_id is not None:
                 request_id = syntax.text(syntax.first(known_id)[:REQUEST_ID_BYTES])
             if not self._context_names.isdisjoint(fields):
-                context, others = self._extract(fields)
+                context, others = self._extract(fields, self._malformed_here)
+                if self._malformed_here:
+                    malformed, self._malformed_here = self._malformed_here, defaultdict(int)
                 if context is None:
                     decision = self._decision(fields)
 
@@ -313,6 +322,12 @@ class Http1:
             attributes += _HEAD_TRUNCATED
         # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
         repeats = target if host is not None and request_head_bytes == exchange.request_bytes else None
+        if malformed:
+            # Counted once, with the record that the span is made of; and read, and counted, again when it repeats.
+            repeats = None
+            if whole or exchange.end > _QUIET:
+                for format_name, count in malformed.items():
+                    self._malformed[format_name] += count
         call = Call(name, attributes, error, context, others, request_id, whole, (), decision)
         return call, repeats, is_forwarded
 

@@ -50,21 +50,33 @@ class _Pair:
         self.interim = False
 
 
+class StreamLosses:
+    """What connections could not make sense of; one may serve many connections.
+
+    ``reasons``: reason -> how often a connection was lost: "gap", "malformed", "too_long" (a head or line), "too_many"
+    (outstanding requests or their heads), "unmatched" (bytes that may have held a response were ignored),
+    "handed_over" (requests behind 101 or CONNECT), "forgotten" (closed without a record). ``unmatched_responses``:
+    times that response bytes came without an outstanding request. ``overlapping_bytes``: bytes that had been seen
+    before.
+    """
+
+    __slots__ = ("overlapping_bytes", "reasons", "unmatched_responses")
+
+    def __init__(self) -> None:
+        self.reasons: dict[str, int] = {}
+        self.unmatched_responses = 0
+        self.overlapping_bytes = 0
+
+
 class PipelinedConnection:
     """One connection in stream mode. ``feed`` and ``close`` return finished exchanges and never raise.
 
-    ``lost``: requests whose exchange was never handed out. ``losses``: reason -> how often the connection was lost:
-    "gap", "malformed", "too_long" (a head or line), "too_many" (outstanding requests or their heads), "unmatched"
-    (bytes that may have held a response were ignored), "handed_over" (requests behind 101 or CONNECT), "forgotten"
-    (closed without a record). ``unmatched_responses``: times that response
-    bytes came without an outstanding request. ``overlapping_bytes``: bytes that had been seen before.
+    ``lost``: requests whose exchange was never handed out. ``losses``: why, and what else went wrong.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, losses: StreamLosses | None = None) -> None:
         self.lost = 0
-        self.losses: dict[str, int] = {}
-        self.unmatched_responses = 0
-        self.overlapping_bytes = 0
+        self.losses = losses if losses is not None else StreamLosses()
         self._pairs: deque[_Pair] = deque()
         self._head_bytes = 0  # of the requests in _pairs
         self._ready: list[Exchange] = []
@@ -89,7 +101,7 @@ class PipelinedConnection:
         before = segment.offset - reader.next_offset
         if before < 0:
             seen = min(-before, len(data) + after)
-            self.overlapping_bytes += seen
+            self.losses.overlapping_bytes += seen
             after -= max(seen - len(data), 0)
             data = data[seen:]
             before = 0
@@ -175,7 +187,7 @@ class PipelinedConnection:
         if self._awaits_response():
             self._pairs[0].response = message
             return True
-        self.unmatched_responses += 1
+        self.losses.unmatched_responses += 1
         return False
 
     def _begin_response(self, message: Message) -> tuple[State, int] | None:
@@ -214,7 +226,7 @@ class PipelinedConnection:
 
     def _lose(self, reason: str, state: State = State.SEEKING, *, count: bool = True) -> None:
         if count:
-            self.losses[reason] = self.losses.get(reason, 0) + 1
+            self.losses.reasons[reason] = self.losses.reasons.get(reason, 0) + 1
         if self._pairs and self._pairs[0].response is not None and self._pairs[0].response.done:
             self._complete(self._pairs[0])  # only the end of its request's body is missing
         self.lost += len(self._pairs)

@@ -147,19 +147,41 @@ class Process:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Books:
-    """The account that ``/metrics`` gives."""
+    """The account that ``/metrics`` gives in one reading, from the kernel to the collector.
+
+    ``in_flight`` has not reached the exporter, ``waiting`` has no batch there yet, ``exporting`` is not settled.
+    """
 
     begun: int
     handed_over: int
     sampled_out: int
     dropped: dict[str, int]
     in_flight: int
+    waiting: int
+    exporting: int
+    exported: int
+    rejected: int
+    undelivered: dict[str, int]
+    not_exported: int
 
     @property
     def closed(self) -> bool:
         """Whether the books close: nothing is missing and nothing is there twice."""
         left = self.handed_over + self.sampled_out + sum(self.dropped.values()) + self.in_flight
-        return self.begun == left
+        settled = self.exported + self.rejected + sum(self.undelivered.values()) + self.not_exported
+        return self.begun == left and self.handed_over == settled + self.exporting + self.waiting
+
+    @property
+    def on_the_way(self) -> int:
+        """What has begun and not ended in any way."""
+        return self.in_flight + self.waiting + self.exporting
+
+    def counters(self) -> dict[str, int]:
+        """What may only grow."""
+        own = {"begun": self.begun, "handed_over": self.handed_over, "sampled_out": self.sampled_out}
+        own |= {"exported": self.exported, "rejected": self.rejected, "not_exported": self.not_exported}
+        dropped = {f"dropped {reason}": count for reason, count in self.dropped.items()}
+        return own | dropped | {f"undelivered {reason}": count for reason, count in self.undelivered.items()}
 
 
 class AgentFailedError(AssertionError):
@@ -366,18 +388,28 @@ class AgentProcess:
 
     def books(self) -> Books:
         metrics = self.metrics()
-        dropped = "spanloom_exchanges_dropped_total{reason="
+
+        def by_reason(name: str) -> dict[str, int]:
+            prefix = f"{name}{{reason="
+            return {
+                key.removeprefix(prefix).rstrip("}"): int(value)
+                for key, value in metrics.items()
+                if key.startswith(prefix) and value
+            }
+
         in_flight = "spanloom_exchanges_in_flight{"
         return Books(
             begun=int(metrics["spanloom_exchanges_begun_total"]),
             handed_over=int(metrics["spanloom_spans_handed_over_total"]),
             sampled_out=int(metrics["spanloom_spans_sampled_out_total"]),
-            dropped={
-                key.removeprefix(dropped).rstrip("}"): int(value)
-                for key, value in metrics.items()
-                if key.startswith(dropped) and value
-            },
+            dropped=by_reason("spanloom_exchanges_dropped_total"),
             in_flight=int(sum(value for key, value in metrics.items() if key.startswith(in_flight))),
+            waiting=int(metrics["spanloom_export_waiting_spans"]),
+            exporting=int(metrics.get("spanloom_export_in_flight_spans", 0)),
+            exported=int(metrics.get("spanloom_export_spans_total{outcome=exported}", 0)),
+            rejected=int(metrics.get("spanloom_export_spans_total{outcome=rejected}", 0)),
+            undelivered=by_reason("spanloom_export_dropped_total"),
+            not_exported=int(metrics["spanloom_spans_without_exporter_total"]),
         )
 
     def settle(self, timeout_seconds: float = WAIT_SECONDS) -> Books:

@@ -7,6 +7,7 @@ that runs the server in the foreground, what its spans say about it, and, where 
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -37,9 +38,15 @@ class Server:
 
 
 def nginx(
-    port: int, directory: Path, extra: str = "", workers: int = 1, main: str = "", root: Path | None = None
+    port: int,
+    directory: Path,
+    extra: str = "",
+    workers: int = 1,
+    main: str = "",
+    root: Path | None = None,
+    http: str = "",
 ) -> Server:
-    """nginx; ``extra`` are further directives of the server block, ``main`` of the main one.
+    """nginx; further directives are ``extra`` in the server block, ``http`` around it and ``main`` outside of both.
 
     The access log ``directory/nginx-PORT.log`` has one line per request: status, request time, target.
     """
@@ -68,6 +75,7 @@ http {{
   scgi_temp_path {prefix}/scgi;
   sendfile on;
   keepalive_requests 1000000;
+{http}
   server {{
     listen 127.0.0.1:{port} backlog=512;
     root {root or prefix};
@@ -170,6 +178,42 @@ def go(port: int, directory: Path) -> Server:
     return Server(arguments=[go_program(directory), "serve", str(port)], executable="go_http", language="go")
 
 
+def python_between(mode: str, behaviour: str, port: int, next_port: int, directory: Path) -> Server:
+    """A tier of ``apps/tier.py`` that asks the next one for the same path. The likes of it follow."""
+    arguments = [sys.executable, APPS / "tier.py", mode, behaviour, str(port), str(next_port)]
+    return Server(arguments=arguments, executable=Path(sys.executable).resolve().name, language="python")
+
+
+def nginx_between(port: int, next_port: int, directory: Path) -> Server:
+    """A reverse proxy that keeps connections to what is behind it; it passes on all headers."""
+    upstream = f"upstream behind {{ server 127.0.0.1:{next_port}; keepalive 32; }}"
+    location = f"""
+    location /r/ {{
+      proxy_pass http://behind;
+      proxy_http_version 1.1;
+      proxy_set_header Connection "";
+      proxy_set_header Host 127.0.0.1:{next_port};
+    }}"""
+    return nginx(port, directory, location, http=upstream)
+
+
+def node_between(port: int, next_port: int, directory: Path) -> Server:
+    arguments = ["node", APPS / "node_tier.mjs", str(port), str(next_port)]
+    return Server(arguments=arguments, executable="node", language="nodejs")
+
+
+def java_between(threads: str, client: str, port: int, next_port: int, directory: Path) -> Server:
+    """``threads``: pool or virtual, which needs JDK 21; ``client``: blocking or selecting."""
+    java = "java" if threads == "pool" else NEWER_JAVA
+    arguments = [java, "-XX:TieredStopAtLevel=1", "-Xshare:auto", APPS / "JavaTier.java", str(port), str(next_port)]
+    return Server(arguments=[*arguments, threads, client], executable="java", language="java")
+
+
+def go_between(port: int, next_port: int, directory: Path) -> Server:
+    arguments = [go_program(directory), "between", str(port), str(next_port)]
+    return Server(arguments=arguments, executable="go_http", language="go")
+
+
 def go_program(directory: Path) -> Path:
     """The built Go program. The toolchain's cache makes every build but the first quick; no network is used."""
     program = directory / "go_http"
@@ -184,6 +228,20 @@ def go_program(directory: Path) -> Path:
     assert built.returncode == 0, built.stderr
     return program
 
+
+def _newer_java() -> str | None:
+    """A JDK that knows virtual threads."""
+    for java in (shutil.which("java"), *sorted(Path("/usr/lib/jvm").glob("*/bin/java"))):
+        if java is not None:
+            said = subprocess.run([java, "-version"], capture_output=True, text=True, timeout=60).stderr
+            version = re.search(r'version "(\d+)', said)
+            if version is not None and int(version[1]) >= 21:
+                return str(java)
+    return None
+
+
+NEWER_JAVA = _newer_java()
+"""Virtual threads are tested where a JDK has them."""
 
 HAS_GO = shutil.which("go") is not None
 """Go is traced where there is a toolchain; everything else is installed by the set-up."""

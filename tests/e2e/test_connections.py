@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import array
 import os
+import queue
 import re
 import socket
 import threading
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -318,6 +321,86 @@ def _request_from_threads(port: int, threads: int, count: int) -> None:
             thread.start()
         for thread in running:
             thread.join()
+
+
+@pytest.mark.parametrize("depth", [1, 8], ids=["one_at_a_time", "pipelined"])
+def test_threads_that_read_and_threads_that_write(edge: Edge, depth: int) -> None:
+    """On both ends one thread receives and another one sends, with up to ``depth`` requests under way: each request is
+    one span on either side, with its own status, and the two are linked where nothing is pipelined.
+    """
+    edge.server.start(_serve_by_reader_and_writer, edge.port)
+    edge.client.call(_request_by_sender_and_receiver, edge.port, 100, depth)
+    edge.server.result()
+    expected = [(f"/{index}", _STATUSES[index % 3]) for index in range(100)]
+    edge.expect(expected, linked=depth == 1)
+
+
+@pytest.mark.parametrize("depth", [1, 8], ids=["one_at_a_time", "pipelined"])
+def test_readers_and_writers_of_many_connections(edge: Edge, depth: int) -> None:
+    """The same on many connections at once: no exchange of one connection is taken for that of another."""
+    clients, count = 20, 25
+    edge.server.start(_serve_by_reader_and_writer, edge.port, clients)
+    edge.client.call(_request_by_many, edge.port, clients, count, depth)
+    edge.server.result()
+    spans = edge.spans(count * clients)
+    paths = sorted(f"/{client}/{number}" for client in range(clients) for number in range(count))
+    for side in spans:
+        assert sorted(seen(span).path for span in side) == paths, spans.show()
+        for span in side:
+            assert seen(span).status == _STATUSES[int(seen(span).path.rpartition("/")[2]) % 3], spans.show()
+    callers = {span.span_id: seen(span).path for span in spans.clients}
+    for span in spans.servers:
+        assert callers.get(span.parent_span_id, seen(span).path if depth > 1 else "") == seen(span).path, spans.show()
+
+
+def _serve_by_reader_and_writer(port: int, clients: int = 1) -> None:
+    """One thread reads the requests of a connection, another one writes the responses, in order."""
+
+    def read(connection: socket.socket, requests: queue.SimpleQueue) -> None:
+        data = b""
+        while piece := connection.recv(65536):
+            *whole, data = (data + piece).split(b"\r\n\r\n")
+            for head in whole:
+                requests.put(int(head.split(b" ")[1].rpartition(b"/")[2]))
+        requests.put(None)
+
+    def write(connection: socket.socket, requests: queue.SimpleQueue) -> None:
+        while (number := requests.get()) is not None:
+            send_all(connection, response(_STATUSES[number % 3]))
+
+    with listen(port) as listener, ExitStack() as stack:
+        connections = [stack.enter_context(accept(listener)) for _ in range(clients)]
+        both = [(connection, queue.SimpleQueue()) for connection in connections]
+        _run_all([partial(do, *one) for one in both for do in (read, write)])
+
+
+def _request_by_sender_and_receiver(port: int, count: int, depth: int, name: str = "") -> None:
+    """One thread sends requests, another one receives the responses; ``depth`` of them are under way at most."""
+    room = threading.Semaphore(depth)
+
+    def send() -> None:
+        for number in range(count):
+            assert room.acquire(timeout=10), "a response is missing"
+            send_all(connection, request(f"{name}/{number}"))
+
+    def receive_responses() -> None:
+        for number in range(count):
+            receive(connection, len(response(_STATUSES[number % 3])))
+            room.release()
+
+    with connect(port) as connection:
+        _run_all([send, receive_responses])
+
+
+def _request_by_many(port: int, clients: int, count: int, depth: int) -> None:
+    _run_all([partial(_request_by_sender_and_receiver, port, count, depth, f"/{index}") for index in range(clients)])
+
+
+def _run_all(tasks: Sequence[Callable[[], None]]) -> None:
+    """Each in a thread of its own, at the same time. The first failure is raised."""
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        for running in [pool.submit(task) for task in tasks]:
+            running.result()
 
 
 def test_fork_after_accept(edge: Edge) -> None:

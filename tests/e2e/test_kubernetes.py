@@ -5,6 +5,7 @@ The server is tests/apiserver.py; the agent runs in its in-cluster mode with a m
 
 from __future__ import annotations
 
+import json
 import time
 import uuid
 from pathlib import Path
@@ -132,6 +133,94 @@ def test_pods_are_selected(containers, api, in_cluster, serve, public_path: Path
     assert not [span for span in tracing.collector.spans() if span.kind == "CLIENT"]
     assert books.dropped.keys() <= {"not_selected"}
     assert books.closed
+
+
+def test_a_change_holds_for_the_first_request(containers, api, in_cluster, serve, public_path: Path, tmp_path: Path):
+    """A pod is taken out of the selection and in again: what comes after `config_applied` is judged by it, at once."""
+    port, uid = free_port(), str(uuid.uuid4())
+    container = containers(uid)
+    api.put(make_pod("cart", "shop", NODE, {"app": container.id}, uid=uid))
+
+    def config(**namespaces: list[str]) -> dict:
+        return {"select": {"host": False, "kubernetes": {"namespaces": namespaces}}}
+
+    file = MountedFile(tmp_path / "mounted", config())
+    tracing = in_cluster([port], config=file.path)
+    serve(container.wrap(servers.python_threads(port, public_path)), port)
+    ask(port)
+    served(tracing, port)
+    for number in range(2, 6):
+        change(tracing, file, config(exclude=["shop"]))
+        for _ in range(3):
+            ask(port, "/status/404")
+        change(tracing, file, config(include=["*"]))
+        ask(port)
+        assert len(served(tracing, port, number)) == number, tracing.state()
+    tracing.settle()
+    assert len(served(tracing, port)) == 5
+    assert {span.attributes["http.response.status_code"] for span in tracing.spans(port)} == {200}
+
+
+def test_spans_that_wait_for_their_pod_wait_through_a_change(
+    containers, api, in_cluster, serve, public_path: Path, tmp_path: Path
+):
+    """Of the wait itself, and of the export: nothing leaves before its time, and the counters go on."""
+    ports = [free_port(), free_port()]
+    uids = [str(uuid.uuid4()) for _ in ports]
+    made = [containers(uid) for uid in uids]
+    file = MountedFile(tmp_path / "mounted", {"kubernetes": {"wait_seconds": 0.1}})
+    tracing = in_cluster(ports, {"select.host": False}, config=file.path)
+    for port, container in zip(ports, made, strict=True):
+        serve(container.wrap(servers.python_threads(port, public_path)), port)
+    ask(ports[0])
+    assert "k8s.pod.name" not in one(served(tracing, ports[0])).resource
+    change(tracing, file, {"kubernetes": {"wait_seconds": 20}})
+    ask(ports[1])
+    wait_until(lambda: tracing.metrics()["spanloom_kube_spans_held"] == 1, "the span is held")
+    changes = [
+        {"kubernetes": {"wait_seconds": 25}},
+        {"kubernetes": {"wait_seconds": 30}, "export": {"otlp": {"timeout_seconds": 7}}},
+        {"kubernetes": {"wait_seconds": 30}, "export": {"otlp": {"timeout_seconds": 7}, "batch": {"max_spans": 9}}},
+    ]
+    for config in changes:
+        change(tracing, file, config)
+        ask(ports[1])
+    metrics = tracing.metrics()
+    wait_until(lambda: tracing.metrics()["spanloom_kube_spans_held"] == 4, "the spans are held")
+    assert metrics["spanloom_kube_spans_without_pod_total"] == 1
+    assert not tracing.spans(ports[1])
+    assert tracing.books().closed
+    api.put(make_pod("late", "shop", NODE, {"app": made[1].id}, uid=uids[1]))
+    assert {span.resource["k8s.pod.name"] for span in served(tracing, ports[1], 4)} == {"late"}
+    assert tracing.settle().handed_over == 5
+
+
+def test_the_console_waits_for_the_pod_as_well(containers, api, serve, public_path: Path, tmp_path: Path):
+    """Without an endpoint, too: spans are printed with their pod, and those of pods that are not selected never."""
+    ports = [free_port(), free_port()]
+    made = []
+    account = str(tmp_path / "account")
+    settings = {"kubernetes.service_account": account, "kubernetes.wait_seconds": 30, "select.host": False}
+    environment = {**api.environ, "NODE_NAME": NODE}
+    with AgentProcess(tmp_path, None, ports, settings, environment) as tracing:
+        for port in ports:
+            uid = str(uuid.uuid4())
+            container = containers(uid)
+            made.append((uid, container.id))
+            serve(container.wrap(servers.python_threads(port, public_path)), port)
+            ask(port)
+        wait_until(lambda: tracing.metrics()["spanloom_kube_spans_held"] == 2, lambda: tracing.state())
+        assert tracing.stdout() == ""
+        for name, (uid, container_id) in zip(("wanted", "unwanted"), made, strict=True):
+            annotations = {"spanloom.io/trace": "false"} if name == "unwanted" else {}
+            api.put(make_pod(name, "shop", NODE, {"app": container_id}, uid=uid, annotations=annotations))
+        wait_until(lambda: tracing.books().in_flight == 0, lambda: tracing.state())
+        books = tracing.books()
+        assert books.closed
+        assert books.not_exported == 1
+        assert books.dropped.keys() == {"not_selected"}
+    printed = [json.loads(line) for line in tracing.stdout().splitlines()]
+    assert [span["resource"]["service.name"] for span in printed] == ["wanted"]
 
 
 def test_an_invalid_file_is_an_event_of_the_pod(api, in_cluster, tmp_path: Path):

@@ -6,13 +6,15 @@ import json
 import signal
 import socket
 import time
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import yaml
 
-from tests.collector import Collector
+from tests.collector import Answer, Collector
 from tests.e2e import servers
+from tests.e2e.books import BooksWatcher
 from tests.e2e.harness import AgentProcess, curl, free_port, one, wait_until
 
 APPLIED_SECONDS = 2.0
@@ -131,6 +133,65 @@ def test_spans_go_where_the_file_says(agent, serve, public_path: Path, tmp_path:
         assert other.span_count >= 40
 
 
+def test_spans_for_a_wrong_endpoint_go_to_the_right_one(serve, public_path: Path, tmp_path: Path, collector: Collector):
+    """The very case one edits for: all that waits for a dead endpoint arrives, and no counter starts again."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    url = f"http://127.0.0.1:{port}/status/200"
+
+    def config(endpoint: str | None, **more: dict) -> dict:
+        return {"export": {"otlp": {"endpoint": endpoint}, "console": "off"}} | more
+
+    file = MountedFile(tmp_path / "mounted", config(f"http://127.0.0.1:{free_port()}"))
+    settings = {"export.batch.max_spans": 10, "select.executables.exclude": ["curl"]}
+    tracing = AgentProcess(tmp_path, None, [port], settings, config=file.path)
+    tracing.collector = collector
+    bad_header = ("-H", "traceparent: nonsense")
+    with tracing, BooksWatcher(tracing, most_in_flight=1000) as watcher:
+        curl("-o", "/dev/null", *bad_header, f"{url}?number=[1-200]")
+        wait_until(lambda: tracing.books().exporting == 200, lambda: tracing.state())
+        wait_until(lambda: tracing.metrics()["spanloom_export_retries_total"], "the wrong endpoint was tried")
+        retries = tracing.metrics()["spanloom_export_retries_total"]
+        change(tracing, file, config(collector.endpoint, propagation={"formats": ["tracecontext"]}))
+        tracing.exact_spans(200, kind="SERVER")
+        metrics = tracing.metrics()
+        assert metrics["spanloom_export_retries_total"] >= retries
+        assert metrics["spanloom_propagation_malformed_total{format=tracecontext}"] == 200
+        # Taken away and given again: it goes on where it was.
+        change(tracing, file, config(None))
+        curl("-o", "/dev/null", *bad_header, f"{url}?number=[201-210]")
+        wait_until(lambda: tracing.books().not_exported == 10, lambda: tracing.state())
+        change(tracing, file, config(collector.endpoint))
+        curl("-o", "/dev/null", *bad_header, f"{url}?number=[211-220]")
+        tracing.wait_for_spans(210, kind="SERVER")
+        assert tracing.metrics()["spanloom_propagation_malformed_total{format=tracecontext}"] == 220
+        wait_until(lambda: tracing.books().on_the_way == 0, lambda: tracing.state())
+        books = tracing.books()
+    watcher.assert_right(readings=20)
+    assert (books.exported, books.undelivered, books.not_exported) == (210, {}, 10)
+    assert collector.span_count == 210
+
+
+def test_the_end_waits_for_what_came_from_an_old_endpoint(serve, public_path: Path, tmp_path: Path):
+    """A change of the endpoint, then SIGTERM at once: what waited for the old one is delivered by the new one."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    with Collector() as silent, Collector() as other:
+        silent.answer(*[Answer(hang=True)] * 100)
+
+        def config(endpoint: str) -> dict:
+            return {"export": {"otlp": {"endpoint": endpoint, "timeout_seconds": 2}, "batch": {"max_spans": 10}}}
+
+        file = MountedFile(tmp_path / "mounted", config(silent.endpoint))
+        tracing = AgentProcess(tmp_path, None, [port], {"export.console": "off"}, config=file.path)
+        with tracing:
+            curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=[1-50]")
+            wait_until(lambda: tracing.books().exporting == 100, lambda: tracing.state())
+            change(tracing, file, config(other.endpoint))
+        assert other.span_count == 100
+    assert '"exported":100,"not_delivered":0' in tracing.stderr()
+
+
 def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: Path):
     """30 changes during a run of wrk lose no span, and no span was made half by one configuration, half by another."""
     port = free_port()
@@ -170,14 +231,20 @@ def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: P
     assert seen == {True, False}
 
 
-def test_what_is_wrong_changes_nothing(agent, serve, public_path: Path, tmp_path: Path):
+def test_what_is_wrong_changes_nothing(serve, public_path: Path, tmp_path: Path, collector: Collector):
     """Each bad file is refused once with its key and reason; the last good configuration stays; a good one follows."""
     port = free_port()
     serve(servers.nginx(port, public_path), port)
-    good = {"routes": {"patterns": ["/status/{code}"]}}
+    good = {"routes": {"patterns": ["/status/{code}"]}, "export": {"otlp": {"endpoint": collector.endpoint}}}
     file = MountedFile(tmp_path / "mounted", good)
-    tracing = agent([port], config=file.path)
-    tracing.expects_errors = True
+    not_pem, gone = tmp_path / "not.pem", tmp_path / "gone.pem"
+    not_pem.write_text("nothing")
+
+    def with_files(**files: Path) -> dict:
+        """All right but for the files, which only the exporter reads; the rest must not be applied either."""
+        otlp = {"endpoint": "https://localhost:4317"} | {key: str(value) for key, value in files.items()}
+        return {"export": {"otlp": otlp}, "telemetry": {"log_level": "error"}, "sampling": {"ratio": 0}}
+
     wrong: list[tuple[dict | str, str]] = [
         ({"routes": {"patterns": "x"}}, "routes.patterns"),
         ({"rotues": {}}, "routes"),
@@ -189,7 +256,28 @@ def test_what_is_wrong_changes_nothing(agent, serve, public_path: Path, tmp_path
         ("a: [", "not valid YAML"),
         ("- a list\n", ""),
         ({"select": {"kubernetes": {"labels": "a in ("}}}, "select.kubernetes.labels"),
+        ({"export": {"otlp": {"endpoint": "http://[:::]:4317"}}}, "export.otlp.endpoint: '[:::]'"),
+        (with_files(certificate=gone), f"export.otlp.certificate {gone}: No such file"),
+        (with_files(certificate=not_pem), "no PEM certificate"),
+        (with_files(client_key=not_pem, client_certificate=not_pem), "not an unencrypted PEM pair"),
+        (with_files(client_key=tmp_path, client_certificate=not_pem), f"export.otlp.client_key {tmp_path}: "),
     ]
+    # The endpoint is the file's: one that is given by --set would be stronger.
+    tracing = AgentProcess(tmp_path, None, [port], {"export.console": "off"}, config=file.path)
+    tracing.collector = collector
+    tracing.expects_errors = True
+    with tracing:
+        _refuse_each(tracing, file, port, wrong)
+        change(tracing, file, good | {"resource": {"attributes": {"team": "blue"}}})
+        assert tracing.metrics()["spanloom_config_last_reload_successful"] == 1
+        curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=99")
+        spans = tracing.exact_spans(2 * len(wrong) + 2, port=port)
+    assert {span.name for span in spans if span.kind == "SERVER"} == {"GET /status/{code}"}
+    last = one(span for span in spans if span.attributes.get("url.query") == "number=99")
+    assert last.resource["team"] == "blue"
+
+
+def _refuse_each(tracing: AgentProcess, file: MountedFile, port: int, wrong: list[tuple[dict | str, str]]) -> None:
     for number, (config, words) in enumerate(wrong):
         refused = change(tracing, file, config, "config_refused")
         assert words in refused["message"]
@@ -198,13 +286,6 @@ def test_what_is_wrong_changes_nothing(agent, serve, public_path: Path, tmp_path
     time.sleep(1.5)
     assert len(events(tracing, "config_refused")) == len(wrong)
     assert not events(tracing, "config_applied")
-    change(tracing, file, good | {"resource": {"attributes": {"team": "blue"}}})
-    assert tracing.metrics()["spanloom_config_last_reload_successful"] == 1
-    curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=99")
-    spans = tracing.exact_spans(2 * len(wrong) + 2, port=port)
-    assert {span.name for span in spans if span.kind == "SERVER"} == {"GET /status/{code}"}
-    last = one(span for span in spans if span.attributes.get("url.query") == "number=99")
-    assert last.resource["team"] == "blue"
 
 
 def test_what_cannot_change_says_so(agent, tmp_path: Path):
@@ -288,3 +369,92 @@ def test_heads_grow_and_formats_change(agent, serve, public_path: Path, tmp_path
         number = int(str(span.attributes["url.query"]).rpartition("=")[2])
         found[number] = (span.trace_id == trace, "spanloom.request.head_truncated" in span.attributes)
     assert found == {0: (False, True), 1: (True, False), 2: (False, False), 4: (False, True)}
+
+
+def test_probes_are_switched_off_and_on(agent, serve, public_path: Path, tmp_path: Path):
+    """Off: nothing is attached, and what is under way is counted; on: connections that stayed open are picked up."""
+    port = free_port()
+    serve(servers.python_threads(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([port], config=file.path)
+    with socket.create_connection(("127.0.0.1", port)) as connection:
+
+        def ask(number: int, query: str = "") -> None:
+            head = b"GET /status/200?number=%d%b HTTP/1.1\r\nHost: 127.0.0.1:%d\r\n\r\n"
+            connection.sendall(head % (number, query.encode(), port))
+
+        def answer() -> None:
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+
+        descriptors = []
+        for turn in range(5):
+            ask(2 * turn)
+            answer()
+            wait_until(lambda turn=turn: len(tracing.spans(port, "SERVER")) == turn + 1, lambda: tracing.state())
+            ask(90, "&sleep=1.5")  # under way when the probes go
+            change(tracing, file, {"capture": {"enabled": False}})
+            assert not attached(tracing.pid)
+            assert tracing.probe("/readyz") == 200
+            answer()
+            ask(2 * turn + 1)
+            answer()
+            change(tracing, file, {"capture": {"enabled": True}})
+            assert len(attached(tracing.pid)) > 5
+            descriptors.append(len(list(Path(f"/proc/{tracing.pid}/fd").iterdir())))
+        ask(99)
+        answer()
+    books = tracing.settle()
+    numbers = sorted(int(str(one.attributes["url.query"]).rpartition("=")[2]) for one in tracing.spans(port, "SERVER"))
+    assert numbers == [0, 2, 4, 6, 8, 99]
+    assert books.dropped == {"switched_off": 10}
+    assert books.closed
+    assert max(descriptors) <= descriptors[0] + 1, "descriptors are kept"
+
+
+def attached(pid: int) -> set[str]:
+    """The ids of the BPF links that a process holds."""
+    found = set()
+    for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
+        with suppress(OSError):
+            found |= {line.split()[1] for line in entry.read_text().splitlines() if line.startswith("link_id")}
+    return found
+
+
+def test_what_did_not_change_stays_attached(agent, tmp_path: Path):
+    """No change of other settings takes a probe away, even for a moment: the links are the same ones."""
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = agent([free_port()], config=file.path)
+    before = attached(tracing.pid)
+    assert len(before) > 5
+    for config in (
+        {"select": {"executables": {"include": ["nginx"]}}},
+        {"capture": {"request_head_bytes": 512, "request_headers": ["x-a"]}},
+        {"export": {"batch": {"max_spans": 100}}, "sampling": {"ratio": 0.5}},
+        {"capture": {"protocols": []}, "propagation": {"formats": ["b3"]}},
+    ):
+        change(tracing, file, config)
+        assert attached(tracing.pid) == before
+
+
+def test_an_agent_may_start_without_probes(agent, tmp_path: Path):
+    """It is ready, since that is what it was asked for, and attaches them when the file says so."""
+    file = MountedFile(tmp_path / "mounted", {"capture": {"enabled": False}})
+    tracing = agent([free_port()], config=file.path)
+    assert not attached(tracing.pid)
+    change(tracing, file, {})
+    assert len(attached(tracing.pid)) > 5
+
+
+def test_protocols_are_switched_off_and_on(agent, serve, public_path: Path, tmp_path: Path):
+    """Exchanges of a protocol that is off are counted and make no span."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    file = MountedFile(tmp_path / "mounted", {"capture": {"protocols": []}})
+    tracing = agent([port], config=file.path)
+    url = f"http://127.0.0.1:{port}/status/200"
+    curl("-o", "/dev/null", f"{url}?number=1")
+    assert tracing.settle().dropped == {"protocol_off": 2}
+    change(tracing, file, {})
+    curl("-o", "/dev/null", f"{url}?number=2")
+    wait_until(lambda: _kinds(tracing, 2) == {"SERVER", "CLIENT"}, lambda: tracing.state())
+    assert not _kinds(tracing, 1)

@@ -143,6 +143,45 @@ def test_a_trace_of_its_own_wins(mode: str, agent, start):
             assert linked == ([chain[served].span_id] if mode == "threads" else []), show(chain.values())
 
 
+def test_a_request_id_relates_what_an_event_loop_does(agent, start):
+    """Rule 5: a forwarded x-request-id that one request in flight came with names the cause of a call."""
+    application = Application(agent, start, ("loop", "loop", "loop"), "copy")
+    application.load(lambda number: {"x-request-id": f"request-{number}"})
+    traces = set()
+    for _, chain in application.chains():
+        assert len({span.trace_id for span in chain.values()}) == 1, show(chain.values())
+        traces.add(chain["caller"].trace_id)
+        assert chain["caller"].parent_span_id == ""
+        assert_parents(chain, *PEERS, ("front calls", "front", "request_id"), ("middle calls", "middle", "request_id"))
+    assert len(traces) == REQUESTS
+
+
+def test_a_request_id_of_several_requests_relates_nothing(agent, start):
+    """Rule 5: where several requests in flight may share an x-request-id, a call has the right parent or none."""
+    application = Application(agent, start, ("loop", "loop", "loop"), "copy")
+    application.load(lambda number: {"x-request-id": f"request-{number % 5}"})
+    ambiguous = 0
+    for _, chain in application.chains():
+        assert_parents(chain, *PEERS)
+        for call, served in (("front calls", "front"), ("middle calls", "middle")):
+            assert chain[call].parent_span_id in ("", chain[served].span_id), show(chain.values())
+            ambiguous += chain[call].attributes["spanloom.link.method"] == "ambiguous"
+    assert ambiguous == application.tracing.metrics()["spanloom_stitching_ambiguous_total"] > 0
+
+
+def test_a_trace_id_alone_relates_what_an_event_loop_does(agent, start):
+    """Rule 5: X-Ray's header without Parent tells the trace only: the one request in flight of it is the cause. A
+    request that came without Parent forwards it as it was.
+    """
+    application = Application(agent, start, ("loop", "loop", "loop"), "root")
+    application.load(lambda number: FORMATS["xray"](*trace_and_parent(number)))
+    for number, chain in application.chains():
+        trace, parent = trace_and_parent(number)
+        assert {span.trace_id for span in chain.values()} == {f"{trace:032x}"}, show(chain.values())
+        assert chain["caller"].parent_span_id == f"{parent:016x}"
+        assert_parents(chain, *PEERS, ("front calls", "front", "trace_id"), ("middle calls", "middle", "forwarded"))
+
+
 def test_threads_need_no_header(agent, start):
     """Rule 4: between services that serve one request per thread, calls without any header are one trace."""
     application = Application(agent, start, ("threads", "threads", "threads"), "none")

@@ -9,49 +9,20 @@ application measured wherever its own readings are that exact: on a busy machine
 from __future__ import annotations
 
 import json
-import threading
 from collections import Counter
 from pathlib import Path
 
 from tests.collector import CollectedSpan
 from tests.e2e import servers
+from tests.e2e.books import BooksWatcher
 from tests.e2e.harness import AgentProcess, Books, free_port, show
 from tests.e2e.load import run_wrk
 
 REQUESTS = 20_000
 CONNECTIONS = 64
 SETTLE_SECONDS = 60.0
-
-
-class BooksWatcher:
-    """Reads the books again and again while the traffic goes on, and keeps those that do not close."""
-
-    def __init__(self, tracing: AgentProcess) -> None:
-        self._tracing = tracing
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch)
-        self.readings = 0
-        self.open: list[Books] = []
-        self.error: Exception | None = None
-
-    def _watch(self) -> None:
-        while not self._stop.wait(0.01):
-            try:
-                books = self._tracing.books()
-            except Exception as error:  # reported by the thread that runs the test
-                self.error = error
-                return
-            self.readings += 1
-            if not books.closed:
-                self.open.append(books)
-
-    def __enter__(self) -> BooksWatcher:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        self._thread.join(30)
+SMALLEST_RECORD_BYTES = 256
+"""A record of an exchange without the heads is almost as long."""
 
 
 def request_key(span: CollectedSpan) -> str:
@@ -155,16 +126,16 @@ def test_the_books_close_at_any_time(agent, serve, public_path: Path):
     """begun = handed over + sampled out + dropped + in flight in every reading, also in the middle of the traffic."""
     port = free_port()
     serve(servers.nginx(port, public_path), port)
+    ring_bytes = 1024 * 1024
     tracing = agent(
-        [port], {"sampling.ratio": 0.5, "kernel.ring_buffer_bytes": 1024 * 1024, "export.batch.max_delay_seconds": 0.5}
+        [port], {"sampling.ratio": 0.5, "kernel.ring_buffer_bytes": ring_bytes, "export.batch.max_delay_seconds": 0.5}
     )
-    with BooksWatcher(tracing) as watcher:
+    # One exchange at either end of a connection, what fits into the ring buffer, and as much again in the stitcher.
+    with BooksWatcher(tracing, most_in_flight=2 * CONNECTIONS + 2 * ring_bytes // SMALLEST_RECORD_BYTES) as watcher:
         # What lasts a while is in flight in the readings; what is quick is on its way through the stages.
         run_wrk(port, ["/status/200", "/status/404"], REQUESTS, connections=CONNECTIONS)
     books = tracing.settle(SETTLE_SECONDS)
-    assert watcher.error is None, repr(watcher.error)
-    assert watcher.readings >= 10
-    assert watcher.open == [], f"{len(watcher.open)} of {watcher.readings} readings do not close: {watcher.open[:5]}"
+    watcher.assert_right(readings=10)
     assert books.in_flight == 0
     assert books.sampled_out > 0
 

@@ -1,8 +1,9 @@
 """Fuzz target of the OTLP encoder: ``python tests/fuzz/fuzz_otlp_encode.py [libFuzzer arguments] CORPUS_DIR``.
 
-In: one input is a recipe for one span, its links and a resource. A finding is when the hand-written bytes are refused
-by the official stubs, decode to something else, or change between a cold and a warm cache; or when the readers of
-collector answers raise on the input. The checks need no atheris, so the unit tests replay the corpus through them.
+In: one input is a recipe for one span, its links, a resource and the span's groups. A finding is when the hand-written
+bytes are refused by the official stubs, decode to something else, or change with what the caches hold or with the
+grouping; or when the readers of collector answers raise on the input. The checks need no atheris, so the unit tests
+replay the corpus through them.
 """
 
 from __future__ import annotations
@@ -20,13 +21,14 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
-    from agent.model import Attributes, AttributeValue, Span, SpanLink
+    from agent.model import AttributeGroup, Attributes, AttributeValue, Span, SpanLink
     from agent.otlp import encode, retry
 
+import msgspec
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
 from tests.collector import count_spans
-from tests.unit.otlp.test_encode import check_span, decoded_attributes, expected_attributes
+from tests.unit.otlp.test_encode import check_span, decoded_attributes, expected_attributes, forget_all, ungrouped
 
 KEYS = (*encode.VOLATILE_KEYS, *sorted(encode.INTEGER_KEYS), "http.request.method", "user_agent.original")
 SIZES = (0, 1, 2, 8, 100, 127, 128, 300, 20000)
@@ -75,6 +77,12 @@ class Recipe:
             pairs.append((KEYS[choice] if choice < len(KEYS) else self.text(), self.value()))
         return tuple(pairs)
 
+    def groups(self) -> tuple[AttributeGroup, ...]:
+        """Up to three; a set high bit has the first one come again."""
+        choice = self.number(1)
+        groups = tuple(AttributeGroup(self.attributes()) for _ in range(choice % 4))
+        return groups + groups[: choice >> 7]
+
     def link(self) -> SpanLink:
         return SpanLink(self.take(16), self.take(8), self.text(), self.attributes())
 
@@ -103,10 +111,15 @@ def test_one_input(data: bytes) -> None:
     recipe = Recipe(data)
     span = recipe.span()
     resource = recipe.attributes()
+    # Last in the recipe, so that the inputs from before there were groups still mean the same span.
+    span = msgspec.structs.replace(span, groups=recipe.groups())
     warm = encode.encode_span(span)
-    encode._attributes.clear()
-    encode._tails.clear()
+    forget_all()
     assert encode.encode_span(span) == warm, "a cache changed the bytes"
+    assert encode.encode_span(span) == warm, "the caches that this span filled changed the bytes"
+    assert encode.encode_span(ungrouped(span)) == warm, "a group changed the bytes"
+    assert len(encode._groups) <= len(span.groups)
+    assert all(len(fragment) <= encode.MAX_CACHED_GROUP_BYTES for fragment in encode._groups.values())
     payload = encode.encode_request([(encode.encode_resource(resource), [warm, warm])])
     assert count_spans(payload) == 2
     [resource_spans] = ExportTraceServiceRequest.FromString(payload).resource_spans

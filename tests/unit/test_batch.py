@@ -1,11 +1,11 @@
-"""agent.otlp.batch: spans -> requests of bounded size and age; what is held for its pod, and for how long."""
+"""agent.otlp.batch: spans -> requests of bounded size and age."""
 
 from __future__ import annotations
 
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
 
-from agent.model import Span
-from agent.otlp.batch import Batcher, Subject
+from agent.model import Attributes, Span
+from agent.otlp.batch import Batcher
 
 SECOND = 1_000_000_000
 FRONT, BACK = (1, 10), (2, 20)
@@ -29,15 +29,18 @@ class Sent:
 
 
 class Known:
-    """What is known of the processes; changeable."""
+    """What is known of the processes, and who asked for it."""
 
-    def __init__(self, **subjects: Subject) -> None:
-        self.subjects = {FRONT: Subject((("service.name", "front"),)), BACK: Subject((("service.name", "back"),))}
+    def __init__(self) -> None:
+        self.resources: dict[tuple[int, int], Attributes] = {
+            FRONT: (("service.name", "front"),),
+            BACK: (("service.name", "back"),),
+        }
         self.asked: list[tuple[int, int]] = []
 
-    def __call__(self, process: tuple[int, int]) -> Subject:
+    def __call__(self, process: tuple[int, int]) -> Attributes:
         self.asked.append(process)
-        return self.subjects[process]
+        return self.resources[process]
 
 
 def span(process: tuple[int, int]) -> Span:
@@ -46,7 +49,7 @@ def span(process: tuple[int, int]) -> Span:
 
 def batcher(known: Known, **settings: int) -> tuple[Batcher, Sent]:
     sent = Sent()
-    values = {"max_spans": 4, "max_delay_ns": SECOND, "hold_ns": 2 * SECOND} | settings
+    values = {"max_spans": 4, "max_delay_ns": SECOND} | settings
     return Batcher(sent, known, **values), sent
 
 
@@ -82,64 +85,30 @@ def test_a_resource_is_asked_for_once():
     assert known.asked == [FRONT] * 2
 
 
-def test_spans_wait_for_their_pod():
-    """They leave with its metadata when it becomes known in time; others are not held up."""
-    known = Known()
-    known.subjects[BACK] = Subject((("service.name", "?"),), is_complete=False)
-    batches, sent = batcher(known)
-    batches.write([span(FRONT), span(BACK), span(BACK), span(FRONT)], 0)
-    assert sent.batches == [[("front", 2)]]
-    assert batches.waiting == batches.held == 2
-    known.subjects[BACK] = Subject((("service.name", "back"),))
-    batches.tick(SECOND)
-    assert sent.batches[1:] == [[("back", 2)]]
-    assert (batches.waiting, batches.incomplete) == (0, 0)
-
-
-def test_the_wait_is_bounded_in_time():
-    """Then they leave with what is known, and are counted."""
-    known = Known()
-    known.subjects[BACK] = Subject((("service.name", "?"),), is_complete=False)
-    batches, sent = batcher(known)
-    batches.write([span(BACK)] * 4, 0)
-    batches.tick(2 * SECOND - 1)
+def test_other_bounds_hold_for_what_waits_already():
+    """Nothing is sent because of the change, and nothing has to wait longer than the new bounds say."""
+    batches, sent = batcher(Known())
+    batches.write([span(FRONT)] * 3, 0)
+    batches.reconfigure(max_spans=100, max_delay_ns=5 * SECOND)
+    batches.write([span(BACK)] * 3, 1)
+    batches.tick(5 * SECOND - 1)
     assert not sent.batches
-    batches.tick(2 * SECOND)
-    assert sent.batches == [[("?", 4)]]
-    assert batches.incomplete == 4
+    batches.tick(5 * SECOND)
+    assert sent.batches == [[("front", 3), ("back", 3)]]
+    batches.write([span(FRONT)] * 3, 6 * SECOND)
+    batches.reconfigure(max_spans=2, max_delay_ns=5 * SECOND)
+    batches.write([span(FRONT)], 6 * SECOND)
+    assert sent.batches[1:] == [[("front", 4)]]
 
 
-def test_the_wait_is_bounded_in_number():
-    """Beyond the bound nothing more is held."""
-    known = Known()
-    known.subjects[BACK] = Subject((("service.name", "?"),), is_complete=False)
-    known.subjects[FRONT] = Subject((("service.name", "??"),), is_complete=False)
-    batches, sent = batcher(known, max_held=2)
-    batches.write([span(BACK)] * 3 + [span(FRONT)], 0)
-    assert sent.batches == [[("??", 1)]]
-    assert (batches.held, batches.incomplete) == (3, 1)
-
-
-def test_the_end_waits_for_nothing():
-    """flush() hands over what is held."""
-    known = Known()
-    known.subjects[BACK] = Subject((("service.name", "?"),), is_complete=False)
-    batches, sent = batcher(known)
-    batches.write([span(BACK)], 0)
+def test_what_was_taken_was_sent_or_waits():
+    """At any time; flush leaves nothing."""
+    batches, sent = batcher(Known())
+    for number in range(11):
+        batches.write([span(FRONT if number % 3 else BACK)] * number, number)
+        total = sum(count for batch in sent.batches for _, count in batch)
+        assert batches.taken == total + batches.waiting
     batches.flush()
     batches.flush()
-    assert sent.batches == [[("?", 1)]]
-    assert (batches.waiting, batches.incomplete) == (0, 1)
-
-
-def test_what_turns_out_not_to_be_wanted_is_dropped_and_counted():
-    """A pod that the rules leave out may have made spans before it was known."""
-    known = Known()
-    known.subjects[BACK] = Subject((), is_complete=False)
-    batches, sent = batcher(known)
-    batches.write([span(BACK)] * 4, 0)
-    known.subjects[BACK] = Subject((), is_wanted=False)
-    batches.tick(1)
-    batches.write([span(BACK)] * 4, 2)
-    assert not sent.batches
-    assert (batches.waiting, batches.unwanted) == (0, 8)
+    assert (batches.taken, batches.waiting) == (55, 0)
+    assert sum(count for batch in sent.batches for _, count in batch) == 55

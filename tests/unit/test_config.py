@@ -252,6 +252,8 @@ def test_bad_environment_value_names_the_variable(suffix, text):
             "telemetry.listen=0.0.0.0",
             'telemetry.listen: must be HOST:PORT such as "127.0.0.1:9469" or "[::]:9469", or null, not \'0.0.0.0\'',
         ),
+        ("export.otlp.endpoint=http://[:::]:4317", "export.otlp.endpoint: '[:::]' is no IPv6 address"),
+        ('export.otlp.endpoint="[1:2:3]"', "export.otlp.endpoint: '[1:2:3]' is no IPv6 address"),
         (
             "export.otlp.endpoint=http://jaeger:4318/v1/traces",
             "export.otlp.endpoint: must be http://HOST:PORT, https://HOST:PORT or HOST:PORT without a path, not "

@@ -122,7 +122,7 @@ def test_a_batch_is_paired_in_order() -> None:
     """Every kind of framing in one batch: each response meets its request, is complete, and nothing is lost."""
     wire = Wire().ask(b"".join(REQUESTS)).answer(b"".join(RESPONSES))
     assert wire.calls() == EXPECTED
-    assert (wire.connection.lost, wire.connection.losses) == (0, {})
+    assert (wire.connection.lost, wire.connection.losses.reasons) == (0, {})
     assert len({exchange.exchange_id for exchange in wire.exchanges}) == len(EXPECTED)
     for exchange, request, response in zip(wire.exchanges, REQUESTS, RESPONSES, strict=True):
         final = response.removeprefix(b"HTTP/1.1 100 Continue\r\n\r\n")
@@ -205,7 +205,7 @@ def test_a_gap_inside_a_body_of_known_length_is_fine() -> None:
     assert not first.flags & Flag.TAIL_VALID
     assert second.response_bytes == len(CHUNKED) + 4 + 100 + 2 + 5
     assert second.tail == b"y\r\n0\r\n\r\n"
-    assert wire.connection.losses == {}
+    assert wire.connection.losses.reasons == {}
 
 
 def test_a_missing_segment_is_a_gap() -> None:
@@ -221,7 +221,7 @@ def test_repeated_bytes_are_ignored() -> None:
     wire.offsets[REQUEST] -= 5
     wire.ask(get("1")[-5:] + get("2")).answer(ok() + ok())
     assert wire.calls() == [("/1", 200, True), ("/2", 200, True)]
-    assert wire.connection.overlapping_bytes == 5
+    assert wire.connection.losses.overlapping_bytes == 5
 
 
 @pytest.mark.parametrize(
@@ -239,7 +239,7 @@ def test_a_gap_elsewhere_loses_what_is_outstanding_and_reading_starts_again(lose
     """Nothing is paired across lost framing: what was outstanding is counted, later exchanges are whole again."""
     wire = Wire().ask(get("1") + get("2"))
     lose(wire)
-    assert wire.connection.losses == {"gap": 1}
+    assert wire.connection.losses.reasons == {"gap": 1}
     lost = wire.connection.lost
     assert lost == 2 - len(wire.exchanges)
     wire.answer(b"rest of something\r\n").ask(get("3") + get("4")).answer(ok() + ok(b"x"))
@@ -259,8 +259,8 @@ def test_ignored_response_bytes_lose_what_they_may_have_answered() -> None:
     """A stray response and the beginning of an awaited one in the same segment: the next response is not shifted."""
     wire = Wire().answer(b"stray").ask(get("1") + get("2")).answer(b"more of it" + ok(b"", 201)).answer(ok(b"", 202))
     assert wire.exchanges == []
-    assert wire.connection.losses == {"unmatched": 1}
-    assert (wire.connection.lost, wire.connection.unmatched_responses) == (2, 1)
+    assert wire.connection.losses.reasons == {"unmatched": 1}
+    assert (wire.connection.lost, wire.connection.losses.unmatched_responses) == (2, 1)
     assert wire.ask(get("3")).answer(ok()).calls() == [("/3", 200, True)]
 
 
@@ -280,7 +280,7 @@ def test_ignored_response_bytes_lose_what_they_may_have_answered() -> None:
 def test_malformed_bytes_lose_the_connection(request_bytes: bytes, response_bytes: bytes) -> None:
     """Hostile bytes never raise; they are counted, and reading starts again behind them."""
     wire = Wire().ask(get("1") + request_bytes).answer(response_bytes)
-    assert wire.connection.losses == {"malformed": 1}
+    assert wire.connection.losses.reasons == {"malformed": 1}
     assert wire.connection.lost >= 1
     assert wire.answer(b"x").ask(get("9")).answer(ok()).calls() == [("/9", 200, True)]
 
@@ -318,8 +318,8 @@ def test_without_a_close_record_the_outstanding_requests_are_lost() -> None:
     """Nothing is known of how they ended, so nothing is said; they are counted."""
     wire = Wire().ask(get("1") + get("2")).close(None)
     assert wire.exchanges == []
-    assert (wire.connection.lost, wire.connection.losses) == (2, {"forgotten": 1})
-    assert Wire().ask(get("1")).answer(ok()).close(None).connection.losses == {}
+    assert (wire.connection.lost, wire.connection.losses.reasons) == (2, {"forgotten": 1})
+    assert Wire().ask(get("1")).answer(ok()).close(None).connection.losses.reasons == {}
 
 
 def test_upgrade_hands_the_connection_over() -> None:
@@ -328,7 +328,7 @@ def test_upgrade_hands_the_connection_over() -> None:
     wire.answer(b"HTTP/1.1 101 Switching Protocols\r\n\r\n\x81\x05hello").ask(get("3")).answer(ok()).close()
     assert wire.calls() == [("/ws", 101, True)]
     assert wire.exchanges[0].end == End.HANDED_OVER
-    assert (wire.connection.lost, wire.connection.losses) == (1, {"handed_over": 1})
+    assert (wire.connection.lost, wire.connection.losses.reasons) == (1, {"handed_over": 1})
 
 
 def test_connect_hands_over_or_goes_on() -> None:
@@ -339,19 +339,19 @@ def test_connect_hands_over_or_goes_on() -> None:
     assert wire.calls() == [("", 200, True)]
     wire = Wire().ask(connect).answer(ok(b"no", 403)).ask(get("1")).answer(ok())
     assert wire.calls() == [("", 403, True), ("/1", 200, True)]
-    assert wire.connection.losses == {}
+    assert wire.connection.losses.reasons == {}
 
 
 def test_too_many_outstanding_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """The bound loses the connection, every request is counted, and reading starts again."""
     monkeypatch.setattr(http1_stream, "OUTSTANDING_REQUESTS", 4)
     wire = Wire().ask(get("x") * 4)
-    assert wire.connection.losses == {}
+    assert wire.connection.losses.reasons == {}
     wire.ask(get("x"))
-    assert (wire.connection.lost, wire.connection.losses) == (5, {"too_many": 1})
+    assert (wire.connection.lost, wire.connection.losses.reasons) == (5, {"too_many": 1})
     monkeypatch.setattr(http1_stream, "OUTSTANDING_HEAD_BYTES", 100)
     wire.answer(b"x").ask(get("x") * 5)
-    assert wire.connection.losses == {"too_many": 2}
+    assert wire.connection.losses.reasons == {"too_many": 2}
     assert wire.answer(b"x").ask(get("1")).answer(ok()).calls() == [("/1", 200, True)]
 
 
@@ -366,14 +366,14 @@ def test_a_head_may_be_as_long_as_the_bound_and_no_longer() -> None:
         wire.ask(fits[start : start + 100])
     assert wire.answer(ok()).calls() == [("/1", 200, True)]
     longer = get("1", fields=f"X: {'x' * (room + 1)}\r\n")
-    assert Wire().ask(longer).connection.losses == {"too_long": 1}
+    assert Wire().ask(longer).connection.losses.reasons == {"too_long": 1}
     wire = Wire().ask(b"GET / HTTP/1.1\r\n")
     for _ in range(20):
         wire.ask(b"X: " + b"x" * 1000)
         FUZZ.check_bounds(wire.connection)
-    assert wire.connection.losses == {"too_long": 1}
+    assert wire.connection.losses.reasons == {"too_long": 1}
     endless = Wire().ask(get("1")).answer(CHUNKED + b"1;" + b"x" * 9000)
-    assert endless.connection.losses == {"too_long": 1}
+    assert endless.connection.losses.reasons == {"too_long": 1}
 
 
 SEEDS = sorted((FUZZ_DIRECTORY / "corpus" / "http1_stream").iterdir())

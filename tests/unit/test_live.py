@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -208,38 +209,49 @@ def test_only_effective_values_count(mount):
     assert (file.config.sampling.ratio, file.config.export.otlp.timeout_seconds) == (0.125, 2.5)
 
 
-def test_a_write_that_stat_cannot_tell_is_found(tmp_path, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch) -> SimpleNamespace:
+    """The module's clock, which stands still until a test moves ``now``."""
+    clock = SimpleNamespace(**vars(time), now=1000.0)
+    clock.monotonic = lambda: clock.now
+    monkeypatch.setattr(live, "time", clock)
+    return clock
+
+
+def test_a_write_that_stat_cannot_tell_is_found(tmp_path, clock):
     """Two writes within one tick of the file clock look alike; the second one is read a moment later, and that once."""
-    monkeypatch.setattr(live, "CONFIRM_SECONDS", 0.2)
     path = tmp_path / "config.yaml"
     path.write_text(GOOD)
     file = watch(path)
     times = path.stat()
     path.write_text("sampling: {ratio: 0.9}\n")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    clock.now += live.CONFIRM_SECONDS - 0.01
     assert file.poll() is None
-    time.sleep(0.25)
+    clock.now += 0.02
     assert isinstance(file.poll(), Loaded)
     assert file.config.sampling.ratio == 0.9
     assert counts(file) == (1, 0, 0)
     path.write_text(GOOD)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    time.sleep(0.25)
+    clock.now += 1000.0
     assert file.poll() is None, "confirmed once: an old file is not read again and again"
 
 
-def test_so_is_one_behind_a_change_that_was_seen(tmp_path, monkeypatch):
+def test_so_is_one_behind_a_change_that_was_seen(tmp_path, clock):
     """The same after a change as after the start."""
-    monkeypatch.setattr(live, "CONFIRM_SECONDS", 0.05)
     path = tmp_path / "config.yaml"
     path.write_text(GOOD)
     file = watch(path)
+    clock.now += 1000.0
     replace(path, OTHER)
     assert isinstance(file.poll(), Loaded)
     times = path.stat()
     path.write_text("sampling: {ratio: 0.75}\n")
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
-    time.sleep(0.1)
+    clock.now += live.CONFIRM_SECONDS - 0.01
+    assert file.poll() is None
+    clock.now += 0.02
     assert isinstance(file.poll(), Loaded)
     assert file.config.sampling.ratio == 0.75
 
@@ -683,8 +695,35 @@ FIXED = (
     "telemetry.listen",
     "limits.request_head_bytes",
     "limits.response_head_bytes",
-    "export.queue_spans",
 )
+
+
+def test_what_cannot_be_put_into_effect_is_refused(mount):
+    """The last good one stays the last good one, until a file comes that can; each is tried once."""
+    file = ConfigFile(mount.path, (), {})
+    tried: list[float] = []
+
+    def apply(config: Config) -> None:
+        tried.append(config.sampling.ratio)
+        if config.sampling.ratio == 0.25:
+            raise ConfigError("export.otlp.certificate /ca.pem: No such file or directory")
+
+    mount.update(OTHER)
+    result = file.poll(apply)
+    assert isinstance(result, Refused)
+    assert "config.yaml: export.otlp.certificate /ca.pem: No such file" in result.message
+    assert file.config.sampling.ratio == 0.5
+    assert not file.last_reload_successful
+    assert dict(file.reloads) == {"applied": 0, "refused": 1, "unchanged": 0}
+    assert file.poll(apply) is None
+    mount.update(GOOD)
+    assert file.poll(apply) == Loaded(file.config, ())
+    assert file.last_reload_successful
+    mount.update("sampling: {ratio: 0.75}\n")
+    result = file.poll(apply)
+    assert isinstance(result, Loaded)
+    assert result.changed == ("sampling.ratio",)
+    assert tried == [0.25, 0.75]
 
 
 @pytest.mark.parametrize(("keys", "is_live"), [(LIVE, True), (FIXED, False)], ids=["live", "fixed"])

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from agent.hold import Hold
 from agent.kernel.records import Decoder
 from agent.model import ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
 from agent.pipeline import PROCESS_IGNORED, PROCESS_TRACED, Pipeline
-from agent.process import ProcessTable, Selector
+from agent.process import Placement, ProcessTable, Selector
 from agent.propagation import FORMATS, Extractor
 from agent.protocols.http1 import Http1
 from agent.sampling import Sampler
@@ -57,12 +58,10 @@ class Source:
 
 
 class Sink:
-    """Keeps what it is given; says that ``waiting`` of it have not left."""
+    """Keeps what it is given."""
 
     def __init__(self) -> None:
         self.spans: list[Span] = []
-        self.waiting = 0
-        self.unwanted = 0
         self.ticks = 0
         self.flushed = False
 
@@ -79,14 +78,24 @@ class Sink:
 class Bench:
     """A pipeline with doubles at both ends."""
 
-    def __init__(self, *, include: Sequence[str] = ("*",), ratio: float = 1.0, **options: object) -> None:
+    def __init__(
+        self,
+        *,
+        include: Sequence[str] = ("*",),
+        ratio: float = 1.0,
+        processes: ProcessTable | None = None,
+        **options: object,
+    ) -> None:
         self.source, self.sink, self.seen = Source(), Sink(), []
+        self.extractor = Extractor(FORMATS)
+        nobody = ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1")
+        self.processes = processes if processes is not None else nobody
         self.stitcher = Stitcher(Sampler(ratio), random_bytes=Random(1).randbytes)
         self.pipeline = Pipeline(
             source=self.source,
             decoder=Decoder(LAYOUT),
-            protocols=[Http1(extractor=Extractor(FORMATS))],
-            processes=ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1"),
+            protocols=[Http1(extractor=self.extractor)],
+            processes=self.processes,
             selector=Selector(include, (), OWN_TGID),
             stitcher=self.stitcher,
             sinks=[self.sink],
@@ -94,6 +103,7 @@ class Bench:
             **options,
         )
         self.now_ms = 1000
+        self.counted: Counter[str] = Counter()
 
     def send(self, *records: Exchange | ProcessSeen | Segment | ConnectionClosed) -> Bench:
         """Records arrive, counted as the kernel would: each first one is an exchange begun and emitted."""
@@ -123,6 +133,11 @@ class Bench:
         assert books.begun == total, books
         assert books.in_flight >= 0, books
         assert books.in_flight_agent >= 0, books
+        counted = Counter(
+            begun=books.begun, handed_over=books.handed_over, sampled_out=books.sampled_out, **books.dropped
+        )
+        assert counted >= self.counted, f"counters fell from {self.counted} to {counted}"
+        self.counted = counted
         if in_flight is not None:
             assert books.in_flight == in_flight, books
 
@@ -517,15 +532,156 @@ def test_an_announced_exchange_that_becomes_pipelined_is_one_span():
     bench.assert_balanced(in_flight=0)
 
 
+def test_a_stream_without_a_readable_request_is_lost_once():
+    """The kernel counted the exchange that began it; until a request is read it is in flight, at last it is lost."""
+    bench = Bench()
+    bench.source.count["begun"] += 1
+    bench.assert_balanced(in_flight=1)
+    bench.source.count["streamed"] += 1
+    bench.send(segment(1, GET[:9]))
+    bench.assert_balanced(in_flight=1)
+    bench.send(segment(1, GET[9:] + GET, offset=9))
+    bench.assert_balanced(in_flight=2)
+    bench.send(segment(2, OK * 2))
+    bench.assert_balanced(in_flight=0)
+    streamed(bench, segment(1, b"\0nothing", connection=51))
+    bench.assert_balanced(in_flight=1)
+    bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 51, 0, 3000 * MILLISECOND))
+    assert bench.pipeline.dropped["stream_lost"] == 1
+    bench.assert_balanced(in_flight=0)
+
+
+def test_what_pipelined_connections_cannot_follow_is_counted_together():
+    """By reason, over all connections, those included that are gone."""
+    bench = Bench()
+    for connection in (50, 51):
+        streamed(
+            bench, segment(1, GET * 2, connection=connection), segment(2, OK[:10], length=60, connection=connection)
+        )
+        bench.send(segment(2, OK[:5], offset=5, connection=connection))
+        bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, connection, 0, 3000 * MILLISECOND))
+    losses = bench.pipeline.stream_losses
+    assert losses.reasons == {"gap": 2}
+    assert losses.overlapping_bytes == 10
+
+
+# -- pods
+
+
+class Cluster:
+    """The pods of the node: every process runs in one, which is known and selected as the test says."""
+
+    def __init__(self) -> None:
+        self.known, self.selected = False, True
+
+    def container_of(self, cgroup: bytes) -> object | None:
+        return None
+
+    def container_of_id(self, cgroup_id: int) -> object | None:
+        return "container" if cgroup_id else None
+
+    def place(self, container: object, declared: object) -> Placement:
+        return Placement(container, self.known, self.selected, ())
+
+    def is_current(self, placement: Placement) -> bool:
+        return (placement.known, placement.selected) == (self.known, self.selected)
+
+
+def in_pod(**options: object) -> tuple[Bench, Cluster]:
+    """A process in a pod that is not known yet has announced itself."""
+    cluster = Cluster()
+    table = ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1", pods=cluster)
+    bench = Bench(processes=table, hold=Hold(hold_ns=2000 * MILLISECOND), **options)
+    return bench.send(ProcessSeen(*FRONT, 7, 0, 1, "app", "app")), cluster
+
+
+def test_spans_are_in_flight_while_their_pod_is_not_known():
+    """They reach the sinks when it is, without another record."""
+    bench, cluster = in_pod()
+    bench.send(record(1))
+    assert bench.spans() == []
+    bench.assert_balanced(in_flight=1)
+    cluster.known = True
+    bench.pipeline.reconsider(bench.processes.refresh())
+    bench.send()
+    assert bench.spans() == [(1, "")]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_spans_leave_without_their_pod_when_the_time_is_up():
+    """Also when nothing else happens."""
+    bench, _ = in_pod()
+    bench.send(record(1))
+    bench.now_ms += 1999
+    assert bench.send().spans() == []
+    bench.now_ms += 1
+    assert bench.send().spans() == [(1, "")]
+    bench.assert_balanced(in_flight=0)
+
+
+def test_spans_of_a_pod_that_is_not_selected_after_all_are_dropped():
+    """Held ones, those that wait for their place, and those whose exchange is still going on."""
+    bench, cluster = in_pod()
+    bench.send(record(1), record(2, role=CLIENT, parent_id=9, start=1001, end_ms=1009), opened(3))
+    bench.assert_balanced(in_flight=3)
+    cluster.known, cluster.selected = True, False
+    bench.pipeline.reconsider(bench.processes.refresh())
+    bench.send(record(3, End.CLOSED, first=False))
+    for _ in range(3):
+        bench.sweep()
+    assert bench.spans() == []
+    assert bench.pipeline.books().dropped == {"not_selected": 3}
+    bench.assert_balanced(in_flight=0)
+
+
+def test_an_exchange_that_was_begun_while_selected_ends_as_one():
+    """Its end is taken although the process has been taken out of the selection meanwhile; the next one is not."""
+    bench = Bench().send(opened(1))
+    bench.pipeline.reconfigure([Http1(extractor=bench.extractor)], Selector((), (), OWN_TGID))
+    bench.send(record(1, End.NEXT, first=False), record(2))
+    assert bench.spans() == [(1, "")]
+    assert bench.pipeline.dropped == {"not_selected": 1}
+    bench.assert_balanced(in_flight=0)
+
+
+# -- malformed trace headers
+
+BAD_TRACE = b"GET /a HTTP/1.1\r\nHost: a\r\ntraceparent: 00-nonsense\r\nb3: what\r\n\r\n"
+
+
+def test_a_malformed_header_counts_once_per_exchange():
+    """However many records tell of the exchange, and however often an equal request comes."""
+    bench = Bench()
+    bench.send(opened(1, request=BAD_TRACE))
+    bench.send(record(1, End.QUIET, request=BAD_TRACE, response=UNTIL_CLOSE, first=False))
+    assert bench.extractor.malformed["tracecontext"] == 0
+    bench.send(record(1, End.CLOSED, request=BAD_TRACE, response=UNTIL_CLOSE, first=False))
+    assert (bench.extractor.malformed["tracecontext"], bench.extractor.malformed["b3"]) == (1, 1)
+    bench.send(record(2, End.QUIET, request=BAD_TRACE))
+    assert (bench.extractor.malformed["tracecontext"], bench.extractor.malformed["b3"]) == (2, 2)
+    for number in range(3, 6):
+        bench.send(record(number, request=BAD_TRACE))
+    assert (bench.extractor.malformed["tracecontext"], bench.extractor.malformed["b3"]) == (5, 5)
+
+
+def test_without_a_protocol_everything_is_dropped():
+    """All protocols may be switched off; the exchanges are counted."""
+    bench = Bench()
+    bench.pipeline.reconfigure([], Selector(("*",), (), OWN_TGID))
+    bench.send(record(1)).sweep()
+    assert bench.pipeline.books().dropped == {"protocol_off": 1}
+    bench.assert_balanced(in_flight=0)
+
+
 # -- books
 
 
-def test_what_waits_in_a_sink_or_for_its_place_is_in_flight():
-    """Held spans and those that a sink has not passed on are neither lost nor done."""
+def test_what_waits_for_its_place_is_in_flight():
+    """Held spans are neither lost nor done."""
     bench = Bench().send(record(2, role=CLIENT, parent_id=1, start=1001, end_ms=1009))
     bench.assert_balanced(in_flight=1)
     bench.sink.waiting = 0
-    bench.send(record(1))
+    bench.send(record(1)).sweep(500)
     bench.assert_balanced(in_flight=0)
 
 
@@ -544,6 +700,20 @@ def test_the_end_hands_over_what_is_complete():
     assert [number for number, _ in bench.spans()] == [2]
     assert bench.sink.flushed
     bench.assert_balanced(in_flight=1)
+
+
+def test_what_is_under_way_when_the_probes_go_is_dropped():
+    """Announced, pipelined or never told of: counted, once each, and what had ended is handed over."""
+    bench = Bench().send(record(1), opened(2, connection_id=12), segment(1, GET * 2, connection=13))
+    bench.source.count.update(begun=4, streamed=1)  # three of them nobody heard of
+    bench.pipeline.abandon()
+    bench.assert_balanced(in_flight=0)
+    assert bench.pipeline.books().dropped == {"switched_off": 4, "stream_lost": 2}
+    bench.sweep(1000)
+    assert [number for number, _ in bench.spans()] == [1]
+    assert bench.pipeline.pending == bench.pipeline.streams == 0
+    bench.send(record(7)).sweep(1000)
+    bench.assert_balanced(in_flight=0)
 
 
 REPORTS = ("wait", "quiet", "whole", "end", "garbled end", "close")
@@ -587,11 +757,15 @@ class Machine:
             count["streamed"] += 1
             stream = 100 + self.number
             data = GET * 2
-            sent = [segment(1, data, connection=stream), segment(2, OK, connection=stream)]
+            owner = {"tgid": known[0].tgid, "process_start_ns": known[0].process_start_ns}
+            sent = [segment(1, data, connection=stream, **owner), segment(2, OK, connection=stream, **owner)]
             if fate == "lost":
                 sent.pop(0)
             if known[1]:
-                sent = [segment(1, data, connection=connection), segment(2, OK, connection=connection)]
+                sent = [
+                    segment(1, data, connection=connection, **owner),
+                    segment(2, OK, connection=connection, **owner),
+                ]
                 stream = connection
             self.bench.source.send(*sent)
             self.bench.source.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, stream, 0, 9 * MILLISECOND))
@@ -647,6 +821,9 @@ ACTIONS = st.tuples(
     1.0,
     1000,
 )  # streamed after it was given up
+@example(
+    [("begin", 3, "fine", ""), ("wait", 3, "fine", ""), ("stream", 3, "fine", "")], 1.0, 1000
+)  # streamed after it was left out as not selected
 @given(st.lists(ACTIONS, max_size=60), st.sampled_from([1.0, 0.5, 0.0]), st.sampled_from([2, 1000]))
 def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
     """Whatever the kernel sends or loses, what began is handed over, sampled out, dropped or in flight, exactly."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agent.model import ProcessSeen
@@ -23,6 +24,8 @@ from agent.process import (
     parse_resource_attributes,
     systemd_unit,
 )
+from tests.fuzz.fuzz_process import SEPARATOR
+from tests.fuzz.fuzz_process import check as check_files
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 START_TICKS = 123_456
@@ -93,6 +96,7 @@ def test_the_resource_of_a_plain_process_is_complete(tmp_path: Path) -> None:
         (b"OTEL_SERVICE_NAME=first\0OTEL_SERVICE_NAME=second\0", b"", "first"),
         (b"OTEL_SERVICE_NAME=\xff\xe9\0", b"", "\ufffd\ufffd"),
         (b"OTEL_SERVICE_NAME=cut", b"", "nginx"),
+        (b"OTEL_SERVICE_NAME\0OTEL_SERVICE_NAME=second\0", b"", "second"),
     ],
 )
 def test_the_first_service_name_that_exists_wins(tmp_path: Path, environ: bytes, cgroup: bytes, expected: str) -> None:
@@ -138,6 +142,8 @@ def test_no_other_environment_variable_and_no_argument_is_shown(tmp_path: Path) 
         ("a=1,a=2", {"a": "2"}),
         ("a=%zz", {"a": "%zz"}),
         ("k" * 256 + "=1,v=" + "x" * 2000, {"v": "x" * 1024}),
+        ("bad," * 255 + "a=1,b=2", {"a": "1"}),
+        ("a=1," * 256 + "a=2", {"a": "1"}),
     ],
 )
 def test_resource_attributes_are_parsed_pair_by_pair(value: str, expected: dict[str, str]) -> None:
@@ -406,6 +412,12 @@ def test_a_runtime_wins_over_the_cpp_library_that_it_uses(tmp_path: Path) -> Non
     assert describe(tmp_path, maps=maps).language == "java"
 
 
+def test_hostile_mappings_take_no_longer_than_others(tmp_path: Path) -> None:
+    """A process chooses the names: with a pattern that goes back for each of these it would take hours."""
+    maps = b"1-2 r-xp 0 08:01 7 /libphp" + b".so" * 300_000 + b"/\n2-3 r-xp 0 08:01 8 /usr/lib/libruby.so\n"
+    assert describe(tmp_path, maps=maps).language == "ruby"
+
+
 def make_elf(sections: list[tuple[bytes, bytes]], *, wide: bool = True, order: str = "<") -> bytes:
     """An ELF file with just a header, a section header table and the sections."""
     names = b"\0" + b"".join(name + b"\0" for name, _ in sections) + b".shstrtab\0"
@@ -458,7 +470,7 @@ def test_the_executable_of_a_process_is_looked_into(tmp_path: Path) -> None:
 
 
 def real_start_ns(pid: int) -> int:
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    fields = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()
     return int(fields[19]) * TICK_NS + TICK_NS // 2
 
 
@@ -485,6 +497,63 @@ def test_a_real_process_is_read_from_the_real_proc() -> None:
     assert table.lookup(child.pid, start_ns) is info
     fresh = ProcessTable(host_name="h", version="0").lookup(child.pid, start_ns, "python3")
     assert (fresh.alive_when_seen, fresh.service_name) == (False, "unknown_service:python3")
+
+
+def test_a_real_process_with_odd_names_is_read_from_the_real_proc(tmp_path: Path) -> None:
+    """Its file is no UTF-8 and holds a parenthesis, digits and a line feed, its environment is large and full of %."""
+    program = os.fsencode(tmp_path) + b"/a) S 1\n2 (\xe9.service"
+    shutil.copy(shutil.which("cat") or "", program)
+    environment = {f"SERVICE_{number}": "x" * 1000 for number in range(150)}
+    environment["OTEL_RESOURCE_ATTRIBUTES"] = "bad=%ff,team=%E6%BC%A2%2C%0A," + "filler=%20," * 8000
+    child = subprocess.Popen(
+        [b"cat", b"-", b"\xff\n) ("], executable=program, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment
+    )
+    try:
+        assert child.stdin is not None
+        assert child.stdout is not None
+        child.stdin.write(b"ready\n")
+        child.stdin.flush()
+        child.stdout.readline()
+        info = ProcessTable(host_name="h", version="0").lookup(child.pid, real_start_ns(child.pid))
+    finally:
+        child.kill()
+        child.communicate()
+    assert info.alive_when_seen
+    assert info.executable_name == "a) S 1\n2 (\ufffd.service"
+    assert info.executable_path == f"{tmp_path}/{info.executable_name}"
+    assert info.command_line == ("cat", "-", "\ufffd\n) (")
+    assert dict(info.declared) == {"team": "漢,\n", "filler": " "}
+
+
+NAME_BYTES = st.binary(max_size=20) | st.sampled_from(
+    [b"a) S 1 2 (b", b"x (deleted)", b"\n", b"caf\xe9", b"python3", b".."]
+)
+SERVICE_NAMES = st.sampled_from([b"", b"=", b"=a", b"= \xff", b"S=b"]).map(lambda rest: b"OTEL_SERVICE_NAME" + rest)
+PAIRS = st.sampled_from([b"a=b", b"%ff=1", b"k=%E6%BC%A2", b"=", b"service.name=", b"service.name=z", b""])
+RESOURCES = st.lists(PAIRS).map(lambda pairs: b"OTEL_RESOURCE_ATTRIBUTES=" + b",".join(pairs))
+ENVIRONMENTS = st.lists(SERVICE_NAMES | RESOURCES | st.binary(max_size=20), max_size=6).map(b"\0".join)
+TICKS = st.integers(-(1 << 70), 1 << 70) | st.integers(START_TICKS - 2, START_TICKS + 2)
+STATS = st.binary(max_size=40) | TICKS.map(lambda ticks: b"1 (x) S " + b"0 " * 18 + b"%d" % ticks)
+NUMBERS = st.tuples(st.integers(0, 7), st.integers(0, 15), st.integers(0, 31), st.integers(0, 3))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    NUMBERS,
+    st.tuples(
+        NAME_BYTES,
+        NAME_BYTES,
+        ENVIRONMENTS,
+        st.binary(max_size=60),
+        st.binary(max_size=60) | st.binary(max_size=20).map(lambda name: b"0::/" + name + b".service\n"),
+        st.binary(max_size=60) | st.binary(max_size=20).map(lambda name: b"/libjvm" + name + b".so\n"),
+        st.just(make_elf([(b".go.buildinfo", b"x")])) | st.just(b""),
+        STATS,
+    ),
+)
+def test_any_files_of_a_process_are_read_within_the_bounds(numbers: tuple[int, ...], parts: tuple[bytes, ...]) -> None:
+    """Whatever a process shows: described as its files say, or by the kernel's word; nothing raises or stays open."""
+    check_files(bytes(numbers) + SEPARATOR.join(parts))
 
 
 def test_no_descriptor_is_leaked(tmp_path: Path) -> None:

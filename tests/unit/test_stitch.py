@@ -67,6 +67,13 @@ def methods(spans: dict[int, Span]) -> dict[int, str]:
     return {number: span.link_method for number, span in spans.items()}
 
 
+def prove_threads(stitcher: Stitcher, process: tuple[int, int] = FRONT) -> None:
+    """Let a process answer on the threads that read the requests until it is believed to do so always."""
+    for number in range(Stitcher._PROOFS):
+        stitcher.add(*served(1_000_000 + number, process=process))
+    stitcher.take()
+
+
 def served(number: int, *, peer: int = 0, carried=None, request_id: str = "", **fields: object) -> Arrival:
     """A server exchange."""
     return exchange(number, SERVER, peer_id=peer, **fields), call(carried, request_id)
@@ -402,18 +409,144 @@ def test_announcements_change_nothing(arrivals, data):
 # -- waiting
 
 
-def test_an_announced_parent_places_its_children_before_it_ends():
-    """A slow request's calls are spans as soon as they end; the slow one follows with its final times."""
+OPEN = exchange(1, end=int(End.OPEN), response_start_ns=0, response_end_ns=0, response_tid=0)
+
+
+def test_a_call_waits_for_the_answer_of_an_announced_parent():
+    """Who answers tells whether the thread that read a slow request served it; the call and the one called wait."""
     stitcher = make_stitcher()
-    slow = exchange(1, end=int(End.OPEN), response_start_ns=0, response_end_ns=0)
-    stitcher.announce(slow, call(INBOUND))
+    prove_threads(stitcher)
+    stitcher.announce(OPEN, call())
+    stitcher.add(*served(3, peer=2, process=BACK, start=1002))
     stitcher.add(*called(2, thread=1))
-    [child] = stitcher.take()
-    assert child.parent_span_id == id_bytes(1)
-    stitcher.add(exchange(1, end_ms=9000), call(INBOUND))
-    [parent] = stitcher.take()
-    assert parent.span_id == id_bytes(1)
-    assert parent.end_time_ns == 9000 * MILLISECOND
+    for now in range(1200, 4000, 200):
+        stitcher.advance(now * MILLISECOND, now * MILLISECOND)
+    assert (stitcher.take(), stitcher.held) == ([], 2)
+    stitcher.add(exchange(1, end_ms=4000), call())
+    stitcher.advance(4100 * MILLISECOND, 4100 * MILLISECOND)
+    spans = {int.from_bytes(span.span_id, "big"): span for span in stitcher.take()}
+    assert parents(spans) == {1: 0, 2: 1, 3: 2}
+    assert methods(spans)[2] == "thread"
+    assert (stitcher.held, stitcher.released_early) == (0, 0)
+
+
+def test_an_answer_that_goes_on_is_enough():
+    """A stream that has begun tells who serves it: calls made before need not wait for its end."""
+    stitcher = make_stitcher()
+    prove_threads(stitcher)
+    stitcher.announce(OPEN, call())
+    stitcher.add(*called(2, thread=1))
+    stitcher.announce(exchange(1, end=int(End.QUIET), end_ms=1500), call())
+    stitcher.advance(1600 * MILLISECOND, 1600 * MILLISECOND)
+    [span] = stitcher.take()
+    assert span.parent_span_id == id_bytes(1)
+
+
+@pytest.mark.parametrize("how", ["final", "provisional"])
+def test_an_announced_parent_that_another_thread_answers_is_none(how):
+    """The thread that read the request had handed it on: what it did since belongs to another request."""
+    stitcher = make_stitcher()
+    prove_threads(stitcher)
+    stitcher.announce(OPEN, call())
+    stitcher.add(*called(2, thread=1))
+    stitcher.advance(1200 * MILLISECOND, 1200 * MILLISECOND)
+    if how == "final":
+        stitcher.add(exchange(1, end_ms=1300, response_tid=9), call())
+    else:
+        stitcher.announce(exchange(1, end=int(End.QUIET), end_ms=1300, response_tid=9), call())
+    stitcher.advance(1400 * MILLISECOND, 1400 * MILLISECOND)
+    spans = {int.from_bytes(span.span_id, "big"): span for span in stitcher.take()}
+    assert spans[2].parent_span_id == b""
+    assert stitcher.parents_lost == 0
+
+
+def test_a_process_that_is_not_known_yet_is_believed_when_the_answers_of_its_time_are_known():
+    """The first request's call is placed once nobody can have answered another one meanwhile from a wrong thread."""
+    stitcher = make_stitcher()
+    stitcher.announce(exchange(5, start=1005, end=int(End.OPEN), response_end_ns=0, response_tid=0), call())
+    stitcher.add(*served(1))
+    stitcher.add(*called(2, thread=1))
+    for now in (1020, 1400, 1600):
+        stitcher.advance(now * MILLISECOND, now * MILLISECOND)
+        assert [span.span_id for span in stitcher.take()] in ([], [id_bytes(1)])
+    stitcher.add(exchange(5, start=1005, end_ms=1650), call())
+    stitcher.advance(1700 * MILLISECOND, 1700 * MILLISECOND)
+    found = {span.span_id: span.parent_span_id for span in stitcher.take()}
+    assert found == {id_bytes(5): b"", id_bytes(2): id_bytes(1)}
+
+
+def test_a_process_that_hands_requests_on_is_not_believed_by_chance():
+    """One answer from the thread that had read proves nothing while another request of the time has no answer yet."""
+    stitcher = make_stitcher()
+    stitcher.announce(exchange(5, start=1005, end=int(End.OPEN), response_end_ns=0, response_tid=0), call())
+    stitcher.add(*served(1))
+    stitcher.add(*called(2, thread=1))
+    stitcher.advance(1400 * MILLISECOND, 1400 * MILLISECOND)
+    stitcher.add(exchange(5, start=1005, end_ms=1450, response_tid=9), call())
+    stitcher.advance(1700 * MILLISECOND, 1700 * MILLISECOND)
+    assert {span.span_id: span.parent_span_id for span in stitcher.take()}[id_bytes(2)] == b""
+
+
+def test_a_call_that_forwards_a_header_need_not_wait_for_the_answer():
+    """Where one request only came with the context that a call carries, threads are of no interest."""
+    stitcher = make_stitcher()
+    stitcher.announce(OPEN, call(INBOUND))
+    stitcher.add(*called(2, thread=1, carried=INBOUND))
+    stitcher.advance(1200 * MILLISECOND, 1200 * MILLISECOND)
+    [span] = stitcher.take()
+    assert (span.parent_span_id, span.link_method) == (id_bytes(1), "forwarded")
+
+
+@pytest.mark.parametrize(("is_proven", "parent"), [(True, 1), (False, 0)])
+def test_the_wait_for_an_answer_is_bounded(is_proven, parent):
+    """After the limit a process is believed if it has always answered on the thread that had read, and only then."""
+    stitcher = make_stitcher(hold_ns=5000 * MILLISECOND)
+    if is_proven:
+        prove_threads(stitcher)
+    stitcher.announce(OPEN, call())
+    stitcher.add(*called(2, thread=1))
+    stitcher.advance(6000 * MILLISECOND, 6001 * MILLISECOND)
+    assert stitcher.take() == []
+    stitcher.advance(6000 * MILLISECOND, 6002 * MILLISECOND)
+    [span] = stitcher.take()
+    assert int.from_bytes(span.parent_span_id, "big") == parent
+    assert (stitcher.held, stitcher.released_early) == (0, 1)
+
+
+@pytest.mark.parametrize(("is_proven", "parent"), [(True, 1), (False, 0)])
+def test_a_request_that_nobody_answers(is_proven, parent):
+    """A client that left: the call is its request's where the process is known, and nobody's where it is not."""
+    stitcher = make_stitcher()
+    if is_proven:
+        prove_threads(stitcher)
+    stitcher.add(*called(2, thread=1))
+    stitcher.add(exchange(1, response_start_ns=0, response_end_ns=0, response_tid=0, end=int(End.RESET)), call())
+    stitcher.advance(1100 * MILLISECOND, 1100 * MILLISECOND)
+    found = {span.span_id: span.parent_span_id for span in stitcher.take()}
+    assert int.from_bytes(found[id_bytes(2)], "big") == parent
+
+
+def test_a_long_chain_that_waits_for_an_answer():
+    """All that depends on a call waits with it and is placed with it, however long the chain is."""
+    stitcher = make_stitcher(hold_ns=10**15)
+    stitcher.announce(OPEN, call())
+    chain = [called(2, thread=1)]
+    for number in range(3, 3001):
+        process = (number // 2 + 1000, 1)
+        if number % 2:
+            chain.append(served(number, peer=number - 1, process=process, start=1001 + number / 10_000))
+        else:
+            chain.append(called(number, thread=number - 1, process=process, start=1001 + number / 10_000))
+    for one in reversed(chain):
+        stitcher.add(*one)
+    for now in (1500, 2000):
+        stitcher.advance(now * MILLISECOND, now * MILLISECOND)
+        assert stitcher.take() == []
+    stitcher.add(exchange(1, end_ms=2100), call())
+    stitcher.advance(3000 * MILLISECOND, 3000 * MILLISECOND)
+    spans = {int.from_bytes(span.span_id, "big"): span for span in stitcher.take()}
+    assert parents(spans) == {number: number - 1 for number in range(1, 3001)}
+    assert stitcher.parents_lost == 0
 
 
 def test_the_second_announcement_is_the_first():
@@ -435,8 +568,9 @@ def test_a_slow_exchange_remains_a_parent_as_long_as_it_lasts(late_ms):
     start = 1000 + late_ms
     stitcher.add(*called(2, thread=1, start=start, end_ms=start + 5))
     stitcher.add(*called(3, carried=INBOUND, start=start, end_ms=start + 5))
+    stitcher.add(exchange(1, end_ms=start + 6), call(INBOUND))
     stitcher.advance(FAR_NS, FAR_NS)
-    assert [span.parent_span_id for span in stitcher.take()] == [id_bytes(1), id_bytes(1)]
+    assert [span.parent_span_id for span in stitcher.take()] == [id_bytes(7), id_bytes(1), id_bytes(1)]
     assert stitcher.parents_lost == 0
 
 
@@ -470,6 +604,7 @@ def test_a_slow_exchange_that_ended_is_still_there_for_what_it_called():
 def test_a_child_waits_for_its_parent_and_is_counted_as_held():
     """What the kernel named is on its way: the child waits for it, and leaves with it."""
     stitcher = make_stitcher()
+    prove_threads(stitcher)
     stitcher.add(*served(3, peer=2, process=BACK))
     stitcher.add(*called(2, thread=1))
     assert (stitcher.take(), stitcher.held) == ([], 2)
@@ -663,6 +798,7 @@ def test_half_of_the_traces_are_kept_whole():
         stitcher.add(*served(number))
         stitcher.add(*called(number + 1, thread=number))
         stitcher.add(*served(number + 2, peer=number + 1, process=BACK))
+    stitcher.advance(FAR_NS, FAR_NS)
     spans = stitcher.take()
     sizes: dict[bytes, int] = {}
     for span in spans:

@@ -26,7 +26,8 @@ HEADERS = ("copy", "drop", "sdk", "foreign")
 @dataclass
 class Service:
     """``threads``: one thread per request, calls made on it; ``pool``: parallel calls are made by other threads;
-    ``loop``: the kernel sees at most some of the parents; ``interleaving``: it sees wrong ones.
+    ``loop``: the kernel sees at most some of the parents; ``interleaving``: it sees wrong ones; ``handoff``: so it does
+    where threads read requests and serve those that others read, which shows in who answers.
     """
 
     kind: str
@@ -90,7 +91,7 @@ class World:
         self, service: Service, carried: TraceContext | None, request_id: str, peer: int, start: float, duration: float
     ) -> None:
         number = self.new_id()
-        moves = service.kind == "loop" and self.random.random() < 0.1
+        moves = self.random.random() < {"loop": 0.1, "handoff": 0.5}.get(service.kind, 0)
         record = exchange(
             number,
             SERVER,
@@ -150,11 +151,16 @@ class World:
         if service.kind == "loop":
             return self.random.choice((0, number))
         in_flight = [
-            one.exchange.exchange_id
+            one.exchange
             for one in self.seen
-            if one.service is service and one.exchange.role == SERVER and one.exchange.end_ns > start * MILLISECOND
+            if one.service is service
+            and one.exchange.role == SERVER
+            and one.exchange.request_start_ns <= start * MILLISECOND < one.exchange.end_ns
         ]
-        return self.random.choice([0, number, *in_flight])
+        if service.kind == "handoff":
+            moved = {one.exchange_id for one in in_flight if one.response_tid != one.request_tid}
+            in_flight = [one for one in in_flight if {one.exchange_id, number} & moved]
+        return self.random.choice([0, number, *(one.exchange_id for one in in_flight)])
 
     def add(self, record: Exchange, asked: Call, service: Service, parent: int, exact: bool) -> None:
         delay = self.random.choice((0, 0, 1, 50, 150)) * self.random.random()
@@ -263,7 +269,7 @@ LONGEST = st.sampled_from([20.0, 500.0, 8000.0])
 @given(SEEDS, st.integers(1, 20), LONGEST)
 def test_no_parent_is_ever_wrong(seed, requests, longest_ms):
     """Services of all kinds and habits together: every parent is the true one or none."""
-    check(make_world(seed, ("threads", "pool", "loop", "interleaving"), HEADERS, requests, longest_ms))
+    check(make_world(seed, ("threads", "pool", "loop", "interleaving", "handoff"), HEADERS, requests, longest_ms))
 
 
 @settings(max_examples=60, deadline=None)

@@ -13,10 +13,13 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from agent import telemetry
 from agent.errors import ConfigError
 from agent.telemetry import Metric, Source, Telemetry, configure_logging, event, parse_listen
+from tests.fuzz import fuzz_telemetry
 
 DROPPED = Metric("spanloom_dropped_total", "Exchanges that were dropped.", "counter", ("reason",))
 HELD = Metric("spanloom_held_spans", "Spans that wait for their root.", "gauge")
@@ -124,12 +127,21 @@ def test_openmetrics_is_negotiated(server: Telemetry) -> None:
 
 
 @pytest.mark.parametrize(
-    "accept", ["application/openmetrics-text;version=x.y", "text/plain;version=;escaping=?", ",;=,"]
+    "accept",
+    [
+        "application/openmetrics-text;version=x.y",
+        "text/plain;version=;escaping=?",
+        ",;=,",
+        "application/openmetrics-text;version=\n1.0.0",
+        "application/openmetrics-text;version=\x0b1.0.0",
+        "application/openmetrics-text;version=" + "9" * 5000,
+    ],
 )
 def test_a_strange_accept_header_still_gets_metrics(server: Telemetry, accept: str) -> None:
-    """The negotiation of the library may not know it."""
-    status, _, body = get(server, "/metrics", accept)
+    """The negotiation of the library may not know it, or may repeat what must not be in a header."""
+    status, headers, body = get(server, "/metrics", accept)
     assert status == 200
+    assert headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
     assert "spanloom_held_spans 3.0\n" in body
 
 
@@ -219,6 +231,44 @@ def test_a_request_may_come_byte_by_byte(server: Telemetry) -> None:
         for byte in b"GET /healthz HTTP/1.1\r\n\r\n":
             client.sendall(bytes([byte]))
         assert read_all(client).endswith(b"ok\n")
+
+
+@pytest.mark.parametrize(("over", "status"), [(-1, 200), (0, 200), (1, 431), (800, 431)])
+@pytest.mark.parametrize("segment_bytes", [1, 1000, 8192, 100_000])
+def test_the_bound_of_a_head_does_not_depend_on_its_segments(over: int, status: int, segment_bytes: int) -> None:
+    """8192 bytes with the empty line, however many arrive at once."""
+    start, end = b"GET /metrics HTTP/1.1\r\nX: ", b"\r\n\r\n"
+    head = start + b"y" * (8192 - len(start) - len(end) + over) + end
+    segments = [head[position : position + segment_bytes] for position in range(0, len(head), segment_bytes)]
+    response = fuzz_telemetry.answer(segments)
+    assert response is not None
+    assert response.startswith(b"HTTP/1.1 %d " % status)
+
+
+METHODS = st.sampled_from([b"GET", b"HEAD", b"POST", b"get", b"G\0T", b""])
+TARGETS = st.sampled_from([b"/healthz", b"/readyz?a", b"/metrics", b"/other", b"*", b"http://a/metrics", b"/\xff", b""])
+VERSIONS = st.sampled_from([b"HTTP/1.1", b"HTTP/1.0", b"HTTP/1.1\n", b"HTTP/2.0", b"http/1.1", b""])
+PARAMETERS = st.sampled_from(
+    [b"version=", b"escaping=", b"1.0.0", b"0.0.4", b"\n", b"\x0b", b"x", b"=", b"dots", b"9" * 20]
+)
+RANGES = st.tuples(
+    st.sampled_from([b"application/openmetrics-text", b"text/plain", b"*/*", b""]), st.lists(PARAMETERS, max_size=4)
+).map(lambda parts: b";".join([parts[0], b"".join(parts[1])]))
+FIELDS = (
+    st.lists(RANGES, max_size=3).map(lambda ranges: b"Accept: " + b",".join(ranges))
+    | st.binary(max_size=20)
+    | st.sampled_from([b"Host: a", b"Accept:", b": ", b"X: " + b"y" * 8150])
+)
+REQUESTS = st.tuples(METHODS, TARGETS, VERSIONS, st.lists(FIELDS, max_size=3), st.binary(max_size=8)).map(
+    lambda parts: b"\r\n".join([b" ".join(parts[:3]), *parts[3], b"", parts[4]])
+)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(0, 255), REQUESTS | st.binary(max_size=60))
+def test_any_request_gets_one_well_formed_answer(segment_bytes: int, request: bytes) -> None:
+    """Or waits for more; in any segments the same."""
+    fuzz_telemetry.check(bytes([segment_bytes]) + request)
 
 
 def test_clients_that_hold_connections_cannot_lock_out_a_probe(server: Telemetry) -> None:

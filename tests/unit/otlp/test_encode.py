@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from opentelemetry.proto.trace.v1 import trace_pb2
 from opentelemetry.semconv.schemas import Schemas
 
 from agent import __version__
-from agent.model import Span, SpanKind, SpanLink
+from agent.model import AttributeGroup, Span, SpanKind, SpanLink
 from agent.otlp import encode
 from agent.otlp.encode import encode_request, encode_resource, encode_span
 from tests.collector import count_spans
@@ -36,6 +37,7 @@ VALUES = (
     | st.lists(TEXT, max_size=3).map(tuple)
 )
 ATTRIBUTES = st.lists(st.tuples(KEYS, VALUES), max_size=14).map(tuple)
+GROUPS = st.lists(st.tuples(KEYS, VALUES), max_size=5).map(AttributeGroup)
 TRACE_IDS = st.binary(min_size=16, max_size=16)
 SPAN_IDS = st.binary(min_size=8, max_size=8)
 LINKS = st.builds(SpanLink, trace_id=TRACE_IDS, span_id=SPAN_IDS, trace_state=TEXT, attributes=ATTRIBUTES)
@@ -55,6 +57,8 @@ SPANS = st.builds(
     link_method=TEXT,
     sampled=st.booleans(),
     process_key=st.just((1, 2)),
+    # One group may come twice: it is then cached within one span.
+    groups=st.lists(GROUPS, max_size=3).map(lambda groups: (*groups, *groups[:1])),
 )
 
 
@@ -74,8 +78,21 @@ def make_span(**changes: object) -> Span:
         "link_method": "",
         "sampled": True,
         "process_key": (1, 2),
+        "groups": (),
     }
     return Span(**(fields | changes))
+
+
+def forget_all() -> None:
+    """Empty every cache of the encoder."""
+    encode._attributes.clear()
+    encode._groups.clear()
+    encode._tails.clear()
+
+
+def ungrouped(span: Span) -> Span:
+    """The same span, all of its attributes one by one."""
+    return msgspec.structs.replace(span, attributes=span.all_attributes(), groups=())
 
 
 def decode_span(data: bytes) -> trace_pb2.Span:
@@ -151,7 +168,7 @@ def check_span(span: Span, decoded: trace_pb2.Span) -> None:
     assert decoded.kind == span.kind
     assert decoded.start_time_unix_nano == span.start_time_ns
     assert decoded.end_time_unix_nano == span.end_time_ns
-    attributes = list(span.attributes)
+    attributes = list(span.all_attributes())
     if span.link_method:
         attributes.insert(0, ("spanloom.link.method", span.link_method))
     assert decoded_attributes(decoded.attributes) == expected_span_attributes(attributes)
@@ -172,10 +189,12 @@ def check_span(span: Span, decoded: trace_pb2.Span) -> None:
 @given(SPANS)
 def test_any_span_decodes_to_itself_cold_and_warm(span):
     """The stubs read back every field of any span, and the bytes do not depend on what the caches hold."""
-    encode._attributes.clear()
-    encode._tails.clear()
+    forget_all()
     cold = encode_span(span)
     check_span(span, decode_span(cold))
+    assert encode_span(span) == cold
+    forget_all()
+    assert encode_span(ungrouped(span)) == cold
     assert encode_span(span) == cold
 
 
@@ -291,6 +310,59 @@ def test_caches_stay_within_their_bounds_under_hostile_variety():
     assert max(map(len, encode._attributes.values())) <= encode.MAX_CACHED_FRAGMENT_BYTES
     kept = {(key, type(value)) for key, value in encode._attributes}
     assert kept == {("user_agent.original", str)}
+
+
+def test_the_group_cache_stays_within_its_bounds():
+    """At the bound the groups are forgotten and begin anew; the bytes stay right all along, and memory bounded."""
+    forget_all()
+    kept = AttributeGroup((("server.address", "shop"), ("server.port", 80)))
+    expected = encode_span(make_span(attributes=tuple(kept)))
+    sizes = []
+    for number in range(encode.MAX_CACHED_GROUPS + 500):
+        group = AttributeGroup((("app.number", number), ("app.text", f"\U0001f600{number}")))
+        span = make_span(groups=(kept, group))
+        assert encode_span(span) == encode_span(ungrouped(span))
+        sizes.append(len(encode._groups))
+    assert max(sizes) == encode.MAX_CACHED_GROUPS
+    assert sizes[-1] < encode.MAX_CACHED_GROUPS
+    assert encode_span(make_span(groups=(kept,))) == expected
+    assert sum(map(len, encode._groups.values())) <= encode.MAX_CACHED_GROUPS * encode.MAX_CACHED_GROUP_BYTES
+
+
+@pytest.mark.parametrize("over", [-1, 0, 1])
+def test_a_group_is_kept_up_to_its_bound_in_bytes(over):
+    """A longer one is encoded each time, to the same bytes."""
+    forget_all()
+    empty = len(encode._key_value(b"\x4a", "app.text", "x" * 200)) - 200  # its length prefixes have two bytes each
+    value = "x" * (encode.MAX_CACHED_GROUP_BYTES - empty + over)
+    group = AttributeGroup((("app.text", value),))
+    span = make_span(groups=(group,))
+    for _ in range(2):
+        check_span(span, decode_span(encode_span(span)))
+        assert (group in encode._groups) == (over <= 0)
+    if over == 0:
+        assert len(encode._groups[group]) == encode.MAX_CACHED_GROUP_BYTES
+
+
+def test_equal_groups_are_different_keys():
+    """1, 1.0 and True are equal in Python: were groups compared by what they hold, the first type would win."""
+    forget_all()
+    groups = [AttributeGroup((("app.flag", value),)) for value in (1, True, 1.0, 1)]
+    for group in (*groups, *reversed(groups)):
+        [(_, decoded)] = decoded_attributes(decode_span(encode_span(make_span(groups=(group,)))).attributes)
+        assert decoded == expected_value(group[0][1])
+    assert len(encode._groups) == len(groups)
+
+
+def test_a_cached_group_lives_as_long_as_its_bytes():
+    """Groups are looked up by identity: were one let go of, another might get its address, and its bytes."""
+    forget_all()
+    for number in range(300):
+        group = AttributeGroup((("app.number", number),))
+        [(_, decoded)] = decoded_attributes(decode_span(encode_span(make_span(groups=(group,)))).attributes)
+        assert decoded == ("int_value", number)
+        del group
+    assert len(encode._groups) == 300
 
 
 def test_unsampled_root_without_error_omits_the_optional_fields():

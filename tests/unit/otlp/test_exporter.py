@@ -17,7 +17,7 @@ from agent import __version__
 from agent.errors import ConfigError
 from agent.otlp import exporter as exporter_module
 from agent.otlp.encode import encode_request, encode_resource, encode_span
-from agent.otlp.exporter import ExporterSettings, OtlpExporter
+from agent.otlp.exporter import Destination, ExporterSettings, OtlpExporter
 from agent.otlp.retry import partial_success, retry_delay_seconds, retry_info_seconds
 from agent.otlp.settings import parse_endpoint
 from tests.collector import Answer, Collector, status_with_retry_info
@@ -522,12 +522,130 @@ def test_bounds_must_be_positive(name):
         OtlpExporter(ExporterSettings(**{name: 0}))
 
 
+# -- another destination while it runs
+
+
+def test_what_waits_for_a_dead_endpoint_goes_to_the_next_one(collector):
+    """Queued batches and those between two attempts; each once, and the counters go on."""
+    slow = {"backoff_initial_seconds": 30.0, "backoff_max_seconds": 30.0}
+    with running(f"http://127.0.0.1:{unused_port()}", **slow) as exporter:
+        for _ in range(20):
+            exporter.submit(*make_batch(3))
+        assert wait_until(lambda: exporter._state == "retrying")
+        exporter.redirect(Destination(ExporterSettings(endpoint=collector.endpoint)))
+        assert exporter.flush(5)
+        counters = exporter.snapshot()
+        assert (counters.accepted, counters.exported, counters.dropped) == (60, 60, {})
+        exporter.submit(*make_batch(1))
+        assert exporter.flush(5)
+    assert collector.span_count == 61
+
+
+def test_a_call_under_way_ends_where_it_began(collector):
+    """It is neither cut off nor repeated when it succeeds."""
+    collector.answer(Answer(delay_seconds=0.3))
+    with Collector() as other, running(collector, max_in_flight=1) as exporter:
+        exporter.submit(*make_batch(2))
+        assert collector.wait_for_requests(1)
+        exporter.submit(*make_batch(3))
+        exporter.redirect(Destination(ExporterSettings(endpoint=other.endpoint)))
+        assert exporter.flush(5)
+        assert exporter.snapshot().exported == 5
+        assert (collector.span_count, other.span_count) == (2, 3)
+
+
+@pytest.mark.parametrize("answer", [Answer(code=grpc.StatusCode.UNAUTHENTICATED, delay_seconds=0.2), Answer(hang=True)])
+def test_a_call_under_way_that_fails_is_made_again_at_the_new_destination(collector, answer):
+    """Whatever the code: the next settings may be those that were missing."""
+    collector.answer(answer)
+    with Collector() as other, running(collector, max_in_flight=1, timeout_seconds=0.5) as exporter:
+        exporter.submit(*make_batch(2))
+        assert collector.wait_for_requests(1)
+        exporter.redirect(Destination(ExporterSettings(endpoint=other.endpoint)))
+        assert exporter.flush(5)
+        counters = exporter.snapshot()
+        assert (counters.exported, counters.dropped, counters.in_flight) == (2, {}, 0)
+        assert other.span_count == 2
+
+
+def test_close_waits_for_what_comes_back_from_the_old_destination(collector):
+    """A call that fails at the old one after close was called is still made at the new one."""
+    collector.answer(Answer(code=grpc.StatusCode.UNAVAILABLE, delay_seconds=0.3))
+    with Collector() as other, running(collector, max_in_flight=1) as exporter:
+        exporter.submit(*make_batch(2))
+        assert collector.wait_for_requests(1)
+        exporter.redirect(Destination(ExporterSettings(endpoint=other.endpoint)))
+        exporter.submit(*make_batch(1))
+        assert other.wait_for_requests(1)
+        exporter.close(5.0)
+        assert exporter.snapshot().exported == other.span_count == 3
+
+
+def test_threads_and_channels_of_old_destinations_end(collector):
+    """However often it is changed, also while they are busy."""
+    with running(f"http://127.0.0.1:{unused_port()}") as exporter:
+        for _ in range(10):
+            exporter.submit(*make_batch(1))
+            exporter.redirect(Destination(ExporterSettings(endpoint=f"http://127.0.0.1:{unused_port()}")))
+        exporter.redirect(Destination(ExporterSettings(endpoint=collector.endpoint)))
+        assert exporter.flush(5)
+        assert wait_until(lambda: not any(line.running for line in exporter._retired))
+        exporter.close(1.0)
+    assert collector.span_count == 10
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("otlp-export")]
+
+
+def test_the_books_balance_while_the_destination_changes(collector):
+    """Several threads submit, both collectors fail at times, and every span is counted and arrives exactly once."""
+    for _ in range(30):
+        collector.answer(Answer(code=grpc.StatusCode.UNAVAILABLE), Answer())
+    with Collector() as other, running(collector) as exporter:
+        other.answer(*[Answer(code=grpc.StatusCode.ABORTED)] * 5)
+
+        def submit() -> None:
+            for _ in range(100):
+                exporter.submit(*make_batch(2))
+                time.sleep(0.002)
+
+        threads = [threading.Thread(target=submit) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        fast = {"backoff_initial_seconds": 0.01, "backoff_max_seconds": 0.04}
+        last = 0
+        while any(thread.is_alive() for thread in threads):
+            for target in (other, collector):
+                exporter.redirect(Destination(ExporterSettings(endpoint=target.endpoint, **fast)))
+                time.sleep(0.02)
+                check_books(exporter)
+                assert exporter.snapshot().exported >= last
+                last = exporter.snapshot().exported
+        assert exporter.flush(10)
+        counters = exporter.snapshot()
+        assert (counters.exported, counters.dropped, counters.in_flight) == (600, {}, 0)
+        assert collector.span_count + other.span_count == 600
+        assert other.span_count > 0
+
+
+def test_other_bounds_hold_from_the_next_batch_on(collector):
+    """What was accepted stays accepted."""
+    collector.answer(*[Answer(hang=True)] * 2)
+    with running(collector, queue_spans=10, max_in_flight=1) as exporter:
+        assert exporter.submit(*make_batch(10))
+        assert collector.wait_for_requests(1)
+        assert not exporter.submit(*make_batch(1))
+        exporter.redirect(Destination(ExporterSettings(endpoint=collector.endpoint, queue_spans=20)))
+        assert exporter.submit(*make_batch(1))
+        exporter.redirect(Destination(ExporterSettings(endpoint=collector.endpoint, queue_spans=5)))
+        assert not exporter.submit(*make_batch(1))
+        assert exporter.snapshot().in_flight == 11
+
+
 def test_no_thread_and_no_channel_before_the_first_submit():
     """Until the first batch the process may fork."""
     before = threading.active_count()
     exporter = OtlpExporter(ExporterSettings())
     assert threading.active_count() == before
-    assert exporter._channel is None
+    assert exporter._line is None
     exporter.close(0.0)
 
 

@@ -1,10 +1,13 @@
 // Go's net/http: `go_http serve PORT` answers `/status/N` with N and anything else with 404; `go_http get URL...`
-// requests each in turn and prints the statuses.
+// requests each in turn and prints the statuses; `go_http between PORT NEXT_PORT` asks the next server for the same
+// path, some milliseconds after the request came, and answers with what came back. It forwards `traceparent` where it
+// got one.
 package main
 
 import (
 	"fmt"
 	"io"
+	"math/rand"
 	"net/http"
 	"os"
 	"strconv"
@@ -23,7 +26,26 @@ func answer(writer http.ResponseWriter, request *http.Request) {
 	}
 }
 
+func pass(writer http.ResponseWriter, request *http.Request) {
+	time.Sleep(time.Duration(rand.Intn(5)) * time.Millisecond)
+	onward, _ := http.NewRequest("GET", "http://127.0.0.1:"+os.Args[3]+request.URL.Path, nil)
+	if context := request.Header.Get("traceparent"); context != "" {
+		onward.Header.Set("traceparent", context)
+	}
+	response, err := http.DefaultClient.Do(onward)
+	if err != nil {
+		http.Error(writer, err.Error(), 502)
+		return
+	}
+	defer response.Body.Close()
+	io.Copy(writer, response.Body)
+}
+
 func main() {
+	if os.Args[1] == "between" {
+		fmt.Println(http.ListenAndServe("127.0.0.1:"+os.Args[2], http.HandlerFunc(pass)))
+		os.Exit(1)
+	}
 	if os.Args[1] == "serve" {
 		fmt.Println(http.ListenAndServe("127.0.0.1:"+os.Args[2], http.HandlerFunc(answer)))
 		os.Exit(1)

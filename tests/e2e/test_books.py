@@ -1,0 +1,119 @@
+"""The books from the kernel to the collector: they close in every reading, whatever becomes of the spans."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from tests.collector import Answer, Collector
+from tests.e2e import servers
+from tests.e2e.books import BooksWatcher
+from tests.e2e.harness import AgentProcess, curl, free_port, wait_until
+from tests.e2e.load import run_wrk
+
+REQUESTS = 3000
+CONNECTIONS = 16
+MOST_IN_FLIGHT = 2 * REQUESTS
+"""Both ends of all of them: a bound that an account with the wrong sign or a lost end breaks."""
+
+SETTINGS = {"export.batch.max_spans": 100, "export.batch.max_delay_seconds": 0.2, "export.otlp.timeout_seconds": 1}
+
+
+def _rejecting(collector: Collector) -> None:
+    collector.answer(*[Answer(rejected_spans=7, message="too old"), Answer()] * 20)
+
+
+def _hanging(collector: Collector) -> None:
+    collector.answer(*[Answer(hang=True), Answer(hang=True), Answer(), Answer()] * 2)
+
+
+def _refusing(collector: Collector) -> None:
+    import grpc
+
+    collector.answer(*[Answer(code=grpc.StatusCode.INVALID_ARGUMENT), Answer()] * 20)
+
+
+@pytest.mark.parametrize("misbehave", [_rejecting, _hanging, _refusing])
+def test_the_books_close_at_a_collector_that_misbehaves(
+    agent, serve, public_path: Path, collector: Collector, misbehave
+):
+    """begun = exported + rejected + sampled out + dropped + in flight, and at the end nothing is in flight."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    misbehave(collector)
+    tracing = agent([port], SETTINGS | {"sampling.ratio": 0.5})
+    tracing.expects_errors = True
+    with BooksWatcher(tracing, MOST_IN_FLIGHT) as watcher:
+        run_wrk(port, ["/status/200"], REQUESTS, connections=CONNECTIONS)
+        wait_until(lambda: tracing.books().on_the_way == 0, lambda: tracing.state(), 60)
+    watcher.assert_right(readings=20)
+    books = tracing.books()
+    assert books.closed
+    assert books.sampled_out > 0
+    if misbehave is _rejecting:
+        assert books.rejected > 0
+        assert books.exported + books.rejected == collector.span_count
+        assert not books.undelivered
+    elif misbehave is _hanging:
+        assert books.exported == collector.span_count
+        assert not books.undelivered
+    else:
+        assert books.undelivered.keys() == {"invalid_argument"}
+        assert books.exported == collector.span_count
+    assert any(reading.exporting for reading in watcher.readings)
+    assert any(reading.waiting for reading in watcher.readings)
+
+
+def test_the_books_close_without_a_collector(agent, serve, public_path: Path, tmp_path: Path):
+    """What the queue cannot hold is dropped and counted; the rest is in flight until there is a collector."""
+    port, collector_port = free_port(), free_port()
+    serve(servers.nginx(port, public_path), port)
+    settings = SETTINGS | {"export.queue_spans": 1000, "export.otlp.endpoint": f"http://127.0.0.1:{collector_port}"}
+    tracing = AgentProcess(tmp_path, None, [port], settings)
+    tracing.expects_errors = True
+    with tracing, BooksWatcher(tracing, MOST_IN_FLIGHT) as watcher:
+        run_wrk(port, ["/status/200"], REQUESTS, connections=CONNECTIONS)
+        wait_until(lambda: tracing.books().undelivered.get("queue_full"), lambda: tracing.state())
+        assert tracing.books().exporting > 0
+        with Collector(port=collector_port) as collector:
+            wait_until(lambda: tracing.books().on_the_way == 0, lambda: tracing.state(), 60)
+            books = tracing.books()
+            assert books.undelivered.keys() == {"queue_full"}
+            assert books.exported == collector.span_count > 0
+    watcher.assert_right(readings=20)
+    assert f'"exported":{books.exported},"not_delivered":{books.undelivered["queue_full"]}' in tracing.stderr()
+
+
+def test_the_books_close_on_the_console(serve, public_path: Path, tmp_path: Path):
+    """Without an endpoint, what was handed over was printed."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    with AgentProcess(tmp_path, None, [port]) as tracing:
+        curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=[1-20]")
+        wait_until(lambda: tracing.books().not_exported == 40, lambda: tracing.state())
+        assert tracing.books().closed
+        assert tracing.stdout().count("\n") == 40
+
+
+def test_what_is_in_flight_is_what_is_open(agent, serve, public_path: Path):
+    """At rest the number is that of the requests without an answer, at both ends, in every reading."""
+    port = free_port()
+    serve(servers.python_threads(port, public_path), port)
+    tracing = agent([port])
+    url = f"http://127.0.0.1:{port}/status/200"
+    for count in (1, 5):
+        callers = [threading.Thread(target=curl, args=("-o", "/dev/null", f"{url}?sleep=4")) for _ in range(count)]
+        for caller in callers:
+            caller.start()
+        wait_until(lambda count=count: tracing.books().in_flight == 2 * count, lambda: tracing.state())
+        for _ in range(10):
+            books = tracing.books()
+            if not all(caller.is_alive() for caller in callers):
+                break  # a machine so slow that the answers came
+            assert books.in_flight == 2 * count
+            assert books.closed
+        for caller in callers:
+            caller.join(30)
+        assert tracing.settle().in_flight == 0
