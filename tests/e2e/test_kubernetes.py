@@ -13,7 +13,7 @@ from pathlib import Path
 from tests.apiserver import make_endpoint_slice, make_pod, make_service
 from tests.e2e import servers
 from tests.e2e.cluster import NODE, ask, served
-from tests.e2e.harness import free_port, one, wait_until
+from tests.e2e.harness import AgentProcess, free_port, one, wait_until
 from tests.e2e.servers import Server
 from tests.e2e.test_live import MountedFile, change
 
