@@ -1,8 +1,8 @@
 """Runs commands one after the other under one and the same process id, each in a cgroup of its own.
 
-``same_pid.py PID COMMANDS``: COMMANDS is a JSON list of ``[cgroup directory, [argument, ...]]``. A command that ends in
-``&`` is left running, and its end is not waited for: only the last one may. Each is made with clone3(2), which can
-choose the id (``set_tid``) and the cgroup (``CLONE_INTO_CGROUP``). Root in the initial pid namespace.
+``same_pid.py PID COMMANDS``: COMMANDS is a JSON list of ``[cgroup directory, [argument, ...]]``. Each is made with
+clone3(2), which can choose the id (``set_tid``) and the cgroup (``CLONE_INTO_CGROUP``). A SIGTERM is passed on to the
+command that runs. Root in the initial pid namespace.
 """
 
 import ctypes
@@ -35,18 +35,17 @@ def clone(pid, cgroup_fd):
 def main():
     pid, commands = int(sys.argv[1]), json.loads(sys.argv[2])
     for directory, command in commands:
-        stays = command[-1] == "&"
         cgroup_fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
         if clone(pid, cgroup_fd) == 0:
             try:
-                os.execvp(command[0], command[: -1 if stays else None])
+                os.execvp(command[0], command)
             finally:
                 os._exit(127)
         os.close(cgroup_fd)
-        if stays:
-            print("running", flush=True)
+        signal.signal(signal.SIGTERM, lambda *_: os.kill(pid, signal.SIGTERM))
         _, status = os.waitpid(pid, 0)
-        if status and not stays:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if status:
             sys.exit(f"{command} ended with status {status}")
 
 

@@ -86,6 +86,20 @@ def test_a_cgroup_is_found_by_its_number(tmp_path: Path):
     assert pods.container_of_id(gone) is None
 
 
+def test_a_cgroup_is_told_from_another_by_its_number(tmp_path: Path):
+    """Of what is not there, or stands elsewhere as seen from another cgroup namespace, nothing is said."""
+    container = tmp_path / SLICE / f"cri-containerd-{ID}.scope"
+    container.mkdir(parents=True)
+    number = container.stat().st_ino
+    pods = directory(roots=lambda: (str(tmp_path / "absent"), str(tmp_path)))
+    assert pods.is_id_of(number, CGROUP) is True
+    assert pods.is_id_of(number + 1, CGROUP) is False
+    assert pods.is_id_of(tmp_path.stat().st_ino, b"0::/\n") is True
+    assert pods.is_id_of(number, f"0::/../{tmp_path.name}/x/{SLICE}\n".encode()) is None
+    assert pods.is_id_of(number, b"0::/gone\xff\0\n") is None
+    assert directory(roots=lambda: ()).is_id_of(number, CGROUP) is None
+
+
 def test_a_container_in_a_rootless_node_is_found(tmp_path: Path):
     """Rootless Podman, in it a node of kind, in it a container that crun made: nothing nests deeper."""
     above = "user.slice/user-1000.slice/user@1000.service/user.slice/libpod-1.scope/container/kubelet.slice"
