@@ -53,6 +53,7 @@ _TICK_NS = _NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
 
 # What the agent knows better than the process does; its OTEL_RESOURCE_ATTRIBUTES cannot change these.
 _FACTS = frozenset(("process.pid", "process.executable.name"))
+_SDK_NAME = "telemetry.sdk.name", "spanloom"
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
@@ -152,9 +153,11 @@ class ProcessTable:
         self._host_name = host_name
         self._extra_attributes = extra_attributes
         self._max_processes = max(1, max_processes)
-        self._version = version
+        self._sdk_version = "telemetry.sdk.version", version
         self._processes: dict[tuple[int, int], ProcessInfo] = {}
         self._containers: dict[int, object | None] = {}
+        # What was last said of a container, by what its processes declare: those that are alike share it.
+        self._placements: dict[tuple[object, tuple[tuple[str, str], ...]], Placement] = {}
         self.vanished = 0
         self.evicted = 0
 
@@ -258,13 +261,25 @@ class ProcessTable:
                 if info.placement is not None and not self._pods.is_current(info.placement)
             ]
             for info in outdated:
-                before, placement = info.placement, self._pods.place(info.placement.container, dict(info.declared))
+                before, placement = info.placement, self._place(info.placement.container, info.declared)
+                if before.known and not placement.known:
+                    # Its pod went so long ago that it is forgotten: that makes what was known of it no less true.
+                    placement = msgspec.structs.replace(before, basis=placement.basis)
                 if placement == msgspec.structs.replace(before, basis=placement.basis):
                     self._processes[info.key] = msgspec.structs.replace(info, placement=placement)
                 else:
                     self._processes[info.key] = self._compose(info, placement)
                     changed.append(self._processes[info.key])
         return changed
+
+    def _place(self, container: object, declared: tuple[tuple[str, str], ...]) -> Placement:
+        key = container, declared
+        placement = self._placements.get(key)
+        if placement is None or not self._pods.is_current(placement):
+            if len(self._placements) >= self._max_processes:
+                self._placements.clear()
+            placement = self._placements[key] = self._pods.place(container, dict(declared))
+        return placement
 
     def describe_with(self, extra_attributes: Attributes) -> None:
         """Give every process other extra attributes from now on."""
@@ -304,7 +319,7 @@ class ProcessTable:
             own_name=unit or name or (f"unknown_service:{comm}" if comm else "unknown_service"),
             declared=tuple(declared.items()),
         )
-        placement = self._pods.place(container, declared) if container is not None else None
+        placement = self._place(container, info.declared) if container is not None else None
         return self._compose(info, placement, comm)
 
     def _container_of_id(self, cgroup_id: int) -> object | None:
@@ -323,32 +338,34 @@ class ProcessTable:
 
     def _compose(self, info: ProcessInfo, placement: Placement | None, comm: str = "") -> ProcessInfo:
         """Put the resource together: the host's view, what the process declares, and above both what its pod says."""
-        declared = dict(info.declared)
         tgid, start_ns = info.key
-        resource: dict[str, str | int | float | bool | tuple[str, ...]] = {
-            "service.name": "",
-            "service.instance.id": f"{self._host_name}.{tgid}.{start_ns}",
-            "host.name": self._host_name,
+        service_name = next((value for key, value in info.declared if key == "service.name"), "") or info.own_name
+        # By attribute the whole pair, which all processes of a container share: they may be thousands.
+        resource = {
+            pair[0]: pair
+            for pair in (
+                ("service.name", service_name),
+                ("service.instance.id", f"{self._host_name}.{tgid}.{start_ns}"),
+                ("host.name", self._host_name),
+                *self._extra_attributes,
+                *(pair for pair in info.declared if pair[0] not in _FACTS and not pair[0].startswith("telemetry.sdk.")),
+            )
         }
-        resource.update(self._extra_attributes)
-        for attribute, value in declared.items():
-            if attribute not in _FACTS and not attribute.startswith("telemetry.sdk."):
-                resource[attribute] = value
-        resource["service.name"] = declared.get("service.name") or info.own_name
+        resource["service.name"] = "service.name", service_name
         if placement is not None:
-            resource.update(placement.attributes)
-        resource["process.pid"] = tgid
+            resource.update((pair[0], pair) for pair in placement.attributes)
+        resource["process.pid"] = "process.pid", tgid
         name = info.executable_name or comm or dict(info.resource).get("process.executable.name", "")
         if name:
-            resource["process.executable.name"] = name
-        resource["telemetry.sdk.name"] = "spanloom"
+            resource["process.executable.name"] = "process.executable.name", name
+        resource["telemetry.sdk.name"] = _SDK_NAME
         if info.language:
-            resource["telemetry.sdk.language"] = info.language
-        resource["telemetry.sdk.version"] = self._version
+            resource["telemetry.sdk.language"] = "telemetry.sdk.language", info.language
+        resource["telemetry.sdk.version"] = self._sdk_version
         return msgspec.structs.replace(
             info,
-            service_name=str(resource["service.name"]),
-            resource=tuple(resource.items()),
+            service_name=str(resource["service.name"][1]),
+            resource=tuple(resource.values()),
             placement=placement,
         )
 

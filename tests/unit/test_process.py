@@ -660,6 +660,37 @@ def test_what_runs_tells_of_what_has_ended(tmp_path: Path) -> None:
     assert pods.asked == []
 
 
+def test_processes_of_one_container_share_what_its_pod_says(tmp_path: Path) -> None:
+    """However many end one after the other; those that declare something else of themselves do not."""
+    pods = PodsByNumber()
+    make_process(tmp_path, cgroup=b"0::/kubepods/7\n", environ=b"OTEL_SERVICE_NAME=own\0")
+    table = make_table(tmp_path, pods=pods)
+    first, second = table.observe(ended(51, 7)), table.observe(ended(52, 7))
+    assert first.placement is second.placement
+    of_pod = [pair for pair in first.resource if pair[0] == "k8s.pod.name"]
+    assert of_pod[0] is next(pair for pair in second.resource if pair[0] == "k8s.pod.name")
+    table.observe(msgspec.structs.replace(seen(), cgroup_id=7))
+    assert pods.placed == 2
+    pods.version, pods.known = 2, True
+    assert len(table.refresh()) == 3
+    assert pods.placed == 4
+    assert table.observe(ended(53, 7)).placement is table.get((51, START_NS)).placement
+
+
+def test_what_was_known_of_a_pod_stays_known(tmp_path: Path) -> None:
+    """A pod that went is forgotten at last; its processes are none without a pod for that."""
+    pods = PodsByNumber()
+    pods.known = True
+    table = make_table(tmp_path, pods=pods)
+    before = table.observe(ended(51, 7))
+    pods.version, pods.known = 2, False
+    assert table.refresh() == []
+    assert table.get(before.key).resource == before.resource
+    assert pods.placed == 2
+    assert table.refresh() == []
+    assert pods.placed == 2, "what is current is not looked at again"
+
+
 def test_who_is_in_another_container_is_another_process(tmp_path: Path) -> None:
     """Whoever has the pid within the same clock tick tells nothing of itself, and nothing of the first one's cgroup."""
     pods = PodsByNumber()
