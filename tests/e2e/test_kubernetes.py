@@ -6,7 +6,6 @@ The server is tests/apiserver.py; the agent runs in its in-cluster mode with a m
 from __future__ import annotations
 
 import json
-import time
 import uuid
 from pathlib import Path
 
@@ -269,36 +268,6 @@ def test_no_names_of_peers_by_default(api, in_cluster):
     tracing = in_cluster([free_port()])
     wait_until(lambda: tracing.metrics().get("spanloom_kube_connected") == 1, "the watch")
     assert {request.resource for request in api.requests} == {"pods"}
-
-
-def test_churn(containers, api, in_cluster, start, public_path: Path):
-    """Pods come and go, with short-lived processes in them: each span names its own pod and no other."""
-    server_port = free_port()
-    tracing = in_cluster([server_port], {"kubernetes.wait_seconds": 10})
-    start(servers.python_threads(server_port, public_path).arguments, port=server_port)
-    names: dict[str, str] = {}
-    program = "import sys, time, urllib.request;urllib.request.urlopen(sys.argv[1]).read();time.sleep(0.6)"
-    running = []
-    for number in range(40):
-        uid = str(uuid.uuid4())
-        container = containers(uid)
-        name = f"job-{number}"
-        names[str(number)] = name
-        api.put(make_pod(name, "churn", NODE, {"app": container.id}, uid=uid))
-        url = f"http://127.0.0.1:{server_port}/status/200?number={number}"
-        client = Server(arguments=["/usr/bin/python3", "-c", program, url], executable="python3", language="python")
-        running.append((start(container.wrap(client).arguments), name))
-        if len(running) > 8:
-            process, old = running.pop(0)
-            process.popen.wait(20)
-            api.delete("churn", old)
-        time.sleep(0.02)
-    wait_until(lambda: len(tracing.spans(server_port, "CLIENT")) >= 40, "40 spans", 40)
-    tracing.settle()
-    for span in tracing.spans(server_port, "CLIENT"):
-        number = str(span.attributes["url.full"]).rpartition("=")[2]
-        assert span.resource["k8s.pod.name"] == names.pop(number)
-    assert not names
 
 
 def test_a_process_that_has_ended_already(containers, api, in_cluster, start, public_path: Path):

@@ -256,7 +256,7 @@ def test_two_hundred_pods_in_a_minute(containers, api, in_cluster, start, public
             api.put(pod)
         api.delete("churn", name)
         removed.append(container)
-        if len(removed) > 5:  # a runtime is not that quick with the cgroup
+        if len(removed) > 20:  # half a second later: a runtime is not that quick with the cgroup either
             removed.popleft().remove()
 
     def churn(numbers: range) -> int:
@@ -283,7 +283,7 @@ def test_two_hundred_pods_in_a_minute(containers, api, in_cluster, start, public
     metrics = tracing.metrics()
     assert metrics["spanloom_kube_spans_without_pod_total"] == metrics["spanloom_kube_spans_held"] == 0
     print(f"RSS: {warm / 1e6:.1f} MB after 100 pods, {grown / 1e6:+.1f} MB after 200 more")
-    assert grown < 16e6, f"{grown / 1e6:.1f} MB more after 200 pods"
+    assert grown < 10e6, f"{grown / 1e6:.1f} MB more after 200 pods"
 
 
 def fetch(port: int, number: int) -> list[str | Path]:
