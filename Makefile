@@ -38,7 +38,7 @@ test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (ro
 	SPANLOOM_TEST_BACKEND=syscalls $(BIN)/python -m pytest -q tests/e2e
 
 unit: .venv/.test-ready ## the tests that need no root
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope tests/unit
 
 e2e: setup .venv/.test-ready ## real programs under real probes (root), with the backend that is chosen by itself
 	$(BIN)/python -m pytest -q tests/e2e
