@@ -255,7 +255,7 @@ class Agent:
     def apply(self, config: Config) -> None:
         """Go on with other settings from the next batch of records on; call it between two turns of the loop.
 
-        What was read before keeps what it was read under. Settings that are fixed at start stay as they are. Raises
+        What ended before keeps what it ended under. Settings that are fixed at start stay as they are. Raises
         ConfigError, and then nothing has changed.
         """
         old = self.config
@@ -267,6 +267,7 @@ class Agent:
         selector = _selector(config)
         overrides = _overrides(config)
         protocols = self._protocols(config, extractor)
+        self.pipeline.run_once(time.monotonic_ns())  # what waits in the ring buffer ended before
         if self.cluster is not None:
             self.cluster.configure(config)
         if config.capture.enabled and not self._attached:

@@ -22,7 +22,7 @@ REQUESTS = 20_000
 CONNECTIONS = 64
 SETTLE_SECONDS = 60.0
 SMALLEST_RECORD_BYTES = 256
-"""A record of an exchange without the heads is almost as long."""
+"""With the heads of this traffic, a record of an exchange is longer."""
 
 
 def request_key(span: CollectedSpan) -> str:
