@@ -124,6 +124,7 @@ class Agent:
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
+            exchange_timeout_ns=int(config.limits.exchange_timeout_seconds * 1e9),
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
         self._follow_overrides(time.time_ns(), begin=True)
