@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -13,7 +14,7 @@ import pytest
 
 from tests.collector import CollectedSpan, Collector
 from tests.e2e.edge import Edge, Seen, duration_ns, seen
-from tests.e2e.harness import AgentProcess, free_port, wait_until
+from tests.e2e.harness import AgentProcess, clean_environment, free_port, wait_until
 from tests.e2e.scripted import (
     Peer,
     PeerError,
@@ -672,6 +673,56 @@ def test_many_failures_leave_nothing(edge: Edge) -> None:
     spans = edge.spans(200)
     spans.assert_linked()
     assert all(seen(span).error for side in spans for span in side)
+
+
+def test_short_lived_processes_leave_nothing(edge: Edge) -> None:
+    """Two hundred processes of one request each, most of them gone before the agent has looked at them."""
+    count = 200
+    edge.server.start(_serve_each, edge.port, count)
+    script = f"for number in $(seq {count}); do curl -q -sS -o /dev/null http://127.0.0.1:{edge.port}/$number; done"
+    subprocess.run(["sh", "-c", script], env=clean_environment(), check=True, timeout=60)
+    edge.server.result()
+    spans = edge.spans(count)
+    assert len({span.resource["process.pid"] for span in spans.clients}) == count
+
+
+def _serve_each(port: int, count: int) -> None:
+    with listen(port) as listener:
+        for _ in range(count):
+            with accept(listener) as connection:
+                receive_head(connection)
+                send_all(connection, response())
+                receive_to_end(connection)
+
+
+def test_memory_does_not_grow(edge: Edge) -> None:
+    """Thousands of connections, one in two of which fails, take no memory that is not used again for the next ones."""
+
+    def rounds(count: int) -> int:
+        for _ in range(count):
+            edge.begin()
+            edge.server.start(_serve_badly, edge.port, 1000)
+            edge.client.call(_request_badly, edge.port, 1000)
+            edge.server.result()
+            edge.server.start(_serve_each, edge.port, 1000)
+            edge.client.call(_request_each, edge.port, 1000)
+            edge.server.result()
+            edge.spans(2000)
+            edge.assert_forgotten()
+        status = Path(f"/proc/{edge.agent.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    before_kb = rounds(2)
+    after_kb = rounds(5)
+    # 20 000 exchanges: 400 bytes of each would be 8 MB.
+    assert after_kb - before_kb < 6000, f"{before_kb} kB, {after_kb} kB"
+
+
+def _request_each(port: int, count: int) -> None:
+    for index in range(count):
+        with connect(port) as connection:
+            send_all(connection, request(f"/{index}"))
+            receive(connection, len(response()))
 
 
 def _serve_badly(port: int, count: int) -> None:
