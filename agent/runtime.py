@@ -154,6 +154,7 @@ class Agent:
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
+            exchange_timeout_ns=int(config.limits.exchange_timeout_seconds * 1e9),
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
         self._use_overrides(_overrides(config), time.time_ns())

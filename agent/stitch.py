@@ -295,7 +295,7 @@ class Stitcher:
                 self._migrating.clear()
 
     def _still_referred_to(self) -> dict[int, _Node]:
-        """What the next generation needs: each exchange that lasts or waits, and all that may be above one that waits."""
+        """What the next generation needs: each exchange that lasts or waits, and all that may be above one that does."""
         kept = dict(self._announced)
         wanted: dict[tuple[ProcessKey, bytes | str], int] = {}  # and since when
         for node in self._undecided.values():
