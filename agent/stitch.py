@@ -295,7 +295,7 @@ class Stitcher:
                 self._migrating.clear()
 
     def _still_referred_to(self) -> dict[int, _Node]:
-        """What the next generation needs as well: an exchange lasts, or waits, or another waits that may be below it."""
+        """What the next generation needs: what lasts or waits, and all that may be above what waits."""
         kept = dict(self._announced)
         wanted: dict[tuple[ProcessKey, bytes | str], int] = {}  # and since when
         for node in self._undecided.values():
