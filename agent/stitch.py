@@ -295,7 +295,7 @@ class Stitcher:
                 self._migrating.clear()
 
     def _still_referred_to(self) -> dict[int, _Node]:
-        """What the next generation needs: each exchange that lasts or waits, and all that may be above one that does."""
+        """What the next generation needs: what lasts or waits, and all that may be above what waits."""
         kept = dict(self._announced)
         wanted: dict[tuple[ProcessKey, bytes | str], int] = {}  # and since when
         for node in self._undecided.values():
@@ -613,8 +613,7 @@ class Stitcher:
 
     def _new_trace(self, node: _Node) -> _Trace:
         trace_id = self._new_trace_id()
-        decision = node.call.decision if node.call is not None else None
-        return _Trace(trace_id, self._apart.get(node.process, self._keeps)(trace_id, decision), "")
+        return _Trace(trace_id, self._apart.get(node.process, self._keeps)(trace_id, None), "")
 
     def _new_trace_id(self) -> bytes:
         position = self._random_position
