@@ -613,7 +613,8 @@ class Stitcher:
 
     def _new_trace(self, node: _Node) -> _Trace:
         trace_id = self._new_trace_id()
-        return _Trace(trace_id, self._apart.get(node.process, self._keeps)(trace_id, None), "")
+        decision = node.call.decision if node.call is not None else None
+        return _Trace(trace_id, self._apart.get(node.process, self._keeps)(trace_id, decision), "")
 
     def _new_trace_id(self) -> bytes:
         position = self._random_position
