@@ -541,3 +541,26 @@ def _request_half_closed(port: int) -> None:
         send_all(connection, request("/half"))
         connection.shutdown(socket.SHUT_WR)
         receive_to_end(connection)
+
+
+def test_half_closed_connections_one_after_the_other(edge: Edge) -> None:
+    """The server's FIN ends the socket before the client has read; the next one may take its place in the kernel."""
+    count = 50
+    edge.server.start(_serve_half_closed_at_once, edge.port, count)
+    edge.client.call(_request_half_closed_again, edge.port, count)
+    edge.server.result()
+    edge.expect([("/half", 200)] * count)
+
+
+def _serve_half_closed_at_once(port: int, count: int) -> None:
+    with listen(port) as listener:
+        for _ in range(count):
+            with accept(listener) as connection:
+                receive_head(connection)
+                receive_to_end(connection)
+                send_all(connection, response())
+
+
+def _request_half_closed_again(port: int, count: int) -> None:
+    for _ in range(count):
+        _request_half_closed(port)

@@ -540,7 +540,7 @@ def test_pipelined_requests_time_out(tmp_path: Path, collector: Collector) -> No
         edge = Edge(agent, collector, server, client)
         edge.begin()
         server.start(_answer_one_and_hold, port, sum(map(len, requests)))
-        sent_ns, heard_ns = client.call(_pipeline_and_hold, port, requests)
+        client.call(_pipeline_and_hold, port, requests)
         server.result()
         spans = edge.spans(3)  # with the connection open
         for side in spans:
@@ -550,7 +550,7 @@ def test_pipelined_requests_time_out(tmp_path: Path, collector: Collector) -> No
                 Seen("/2", None, "timeout"),
             ]
             for span in side[1:]:
-                assert duration_ns(span) >= heard_ns - sent_ns + 1e9 - _CLOCK_SLACK_NS
+                assert duration_ns(span) >= 1_000_000_000
         assert agent.books().in_flight == 0
         edge.begin()
         late = [Turn([], [response(500)]), Turn([], [response(500)]), Turn([request("/next")], [response(404)])]
@@ -571,13 +571,10 @@ def _answer_one_and_hold(port: int, length: int) -> None:
     send_all(_held[0], response())
 
 
-def _pipeline_and_hold(port: int, requests: list[bytes]) -> tuple[int, int]:
+def _pipeline_and_hold(port: int, requests: list[bytes]) -> None:
     _held.append(connect(port))
-    sent_ns = time.monotonic_ns()
     send_all(_held[0], b"".join(requests))
-    sent_ns, before_ns = time.monotonic_ns(), sent_ns
     receive(_held[0], len(response()))
-    return before_ns, sent_ns
 
 
 def test_response_without_a_request(tmp_path: Path, collector: Collector) -> None:
