@@ -53,6 +53,7 @@ _TICK_NS = _NS_PER_SECOND // os.sysconf("SC_CLK_TCK")
 
 # What the agent knows better than the process does; its OTEL_RESOURCE_ATTRIBUTES cannot change these.
 _FACTS = frozenset(("process.pid", "process.executable.name"))
+_SDK_NAME = "telemetry.sdk.name", "spanloom"
 
 
 class Placement(msgspec.Struct, frozen=True, gc=False):
@@ -82,6 +83,9 @@ class Pods(Protocol):
 
     def place(self, container: object, declared: Mapping[str, str]) -> Placement:
         """What is known now. ``declared`` is what the process says of itself, by attribute."""
+
+    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
+        """Whether the cgroup v2 in that text has this id in the kernel; None when that cannot be told."""
 
     def is_current(self, placement: Placement) -> bool:
         """False when ``place`` may say something else by now; much cheaper than asking it."""
@@ -149,9 +153,11 @@ class ProcessTable:
         self._host_name = host_name
         self._extra_attributes = extra_attributes
         self._max_processes = max(1, max_processes)
-        self._version = version
+        self._sdk_version = "telemetry.sdk.version", version
         self._processes: dict[tuple[int, int], ProcessInfo] = {}
         self._containers: dict[int, object | None] = {}
+        # What was last said of a container, by what its processes declare: those that are alike share it.
+        self._placements: dict[tuple[object, tuple[tuple[str, str], ...]], Placement] = {}
         self.vanished = 0
         self.evicted = 0
 
@@ -178,13 +184,20 @@ class ProcessTable:
 
     def _add(self, tgid: int, start_ns: int, executable: str, comm: str, cgroup_id: int = 0) -> ProcessInfo:
         key = (tgid, start_ns)
+        cgroup = b""
         directory_fd = self._open_generation(key)
+        if directory_fd is not None:
+            cgroup = _read(directory_fd, "cgroup", _CGROUP_BYTES)
+            if self._is_elsewhere(cgroup, cgroup_id):
+                os.close(directory_fd)
+                directory_fd = None
         if directory_fd is None:
             self.vanished += 1
-            info = self._describe(key, executable, comm, None, cgroup_id)
+            info = self._describe(key, executable, comm, None, self._container_of_id(cgroup_id))
         else:
             try:
-                info = self._describe(key, executable, comm, directory_fd, cgroup_id)
+                container = self._pods.container_of(cgroup) if self._pods is not None else None
+                info = self._describe(key, executable, comm, directory_fd, container, systemd_unit(cgroup))
             finally:
                 os.close(directory_fd)
         if key not in self._processes and len(self._processes) >= self._max_processes:
@@ -199,13 +212,32 @@ class ProcessTable:
             fd = os.open(f"{self._proc_root}/{tgid}", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             return None
-        # stat shows whole clock ticks, cut and not rounded. One more tick on either side allows for rounding on the
-        # way; no pid comes round again within 30 ms.
+        # stat shows whole clock ticks, cut and not rounded (nsec_to_clock_t). Two processes that had the pid within one
+        # tick look alike: see _is_elsewhere.
         started_ns = _start_ticks(_read(fd, "stat", _STAT_BYTES)) * _TICK_NS
-        if started_ns >= 0 and -_TICK_NS <= start_ns - started_ns < 2 * _TICK_NS:
+        if started_ns >= 0 and 0 <= start_ns - started_ns < _TICK_NS:
             return fd
         os.close(fd)
         return None
+
+    def _is_elsewhere(self, cgroup: bytes, cgroup_id: int) -> bool:
+        """Whether a process in ``cgroup`` is not the one that the kernel saw in ``cgroup_id``, as far as pods go.
+
+        It had the pid within the same clock tick, or ended before it was read. (That a process leaves its container is
+        not to be expected: runtimes move processes before they run a program. The kernel's word would be right, too: it
+        is of the moment of the exchange.) Learns on the way which container an id belongs to.
+        """
+        if self._pods is None or not cgroup_id:
+            return False
+        # The kernel's id is of cgroup v2, whose groups containers share beside v1: only what v2 tells counts.
+        unified = _unified(cgroup)
+        container = self._pods.container_of(unified)
+        if cgroup_id in self._containers and self._containers[cgroup_id] == container:
+            return False
+        if not cgroup or self._pods.is_id_of(cgroup_id, unified) is False:
+            return self._container_of_id(cgroup_id) != container
+        self._remember_container(cgroup_id, container)
+        return False
 
     def _evict_one(self) -> None:
         for key in list(islice(self._processes, _EVICTION_CANDIDATES)):
@@ -229,13 +261,25 @@ class ProcessTable:
                 if info.placement is not None and not self._pods.is_current(info.placement)
             ]
             for info in outdated:
-                before, placement = info.placement, self._pods.place(info.placement.container, dict(info.declared))
+                before, placement = info.placement, self._place(info.placement.container, info.declared)
+                if before.known and not placement.known:
+                    # Its pod went so long ago that it is forgotten: that makes what was known of it no less true.
+                    placement = msgspec.structs.replace(before, basis=placement.basis)
                 if placement == msgspec.structs.replace(before, basis=placement.basis):
                     self._processes[info.key] = msgspec.structs.replace(info, placement=placement)
                 else:
                     self._processes[info.key] = self._compose(info, placement)
                     changed.append(self._processes[info.key])
         return changed
+
+    def _place(self, container: object, declared: tuple[tuple[str, str], ...]) -> Placement:
+        key = container, declared
+        placement = self._placements.get(key)
+        if placement is None or not self._pods.is_current(placement):
+            if len(self._placements) >= self._max_processes:
+                self._placements.clear()
+            placement = self._placements[key] = self._pods.place(container, dict(declared))
+        return placement
 
     def describe_with(self, extra_attributes: Attributes) -> None:
         """Give every process other extra attributes from now on."""
@@ -244,29 +288,25 @@ class ProcessTable:
             self._processes[key] = self._compose(info, info.placement)
 
     def _describe(
-        self, key: tuple[int, int], executable: str, comm: str, directory_fd: int | None, cgroup_id: int
+        self,
+        key: tuple[int, int],
+        executable: str,
+        comm: str,
+        directory_fd: int | None,
+        container: object | None,
+        unit: str = "",
     ) -> ProcessInfo:
-        path, command_line, unit = "", (), ""
+        path, command_line = "", ()
         declared: dict[str, str] = {}
-        container = None
         if directory_fd is None:
             name = executable
             language = _language_of_name(name)
-            container = self._container_of_id(cgroup_id)
         else:
             path = _executable_path(directory_fd)
             name = _base_name(path) or executable
             command_line = _command_line(_read(directory_fd, "cmdline", _COMMAND_LINE_BYTES))
             declared = _declared(_read_declarations(directory_fd))
-            cgroup = _read(directory_fd, "cgroup", _CGROUP_BYTES)
-            unit = systemd_unit(cgroup)
             language = _language(directory_fd, name, command_line)
-            if self._pods is not None:
-                container = self._pods.container_of(cgroup)
-                # The kernel's id is of cgroup v2, whose groups containers share beside v1: only what v2 tells counts.
-                of_unified = self._pods.container_of(_unified(cgroup))
-                if of_unified is not None:
-                    self._remember_container(cgroup_id, of_unified)
         info = ProcessInfo(
             key=key,
             executable_name=name,
@@ -279,7 +319,7 @@ class ProcessTable:
             own_name=unit or name or (f"unknown_service:{comm}" if comm else "unknown_service"),
             declared=tuple(declared.items()),
         )
-        placement = self._pods.place(container, declared) if container is not None else None
+        placement = self._place(container, info.declared) if container is not None else None
         return self._compose(info, placement, comm)
 
     def _container_of_id(self, cgroup_id: int) -> object | None:
@@ -292,39 +332,40 @@ class ProcessTable:
 
     def _remember_container(self, cgroup_id: int, container: object | None) -> None:
         """Ids of cgroups are not used again (kernfs counts them up)."""
-        if cgroup_id:
-            if len(self._containers) >= self._max_processes:
-                self._containers.clear()
-            self._containers[cgroup_id] = container
+        if len(self._containers) >= self._max_processes:
+            self._containers.clear()
+        self._containers[cgroup_id] = container
 
     def _compose(self, info: ProcessInfo, placement: Placement | None, comm: str = "") -> ProcessInfo:
         """Put the resource together: the host's view, what the process declares, and above both what its pod says."""
-        declared = dict(info.declared)
         tgid, start_ns = info.key
-        resource: dict[str, str | int | float | bool | tuple[str, ...]] = {
-            "service.name": "",
-            "service.instance.id": f"{self._host_name}.{tgid}.{start_ns}",
-            "host.name": self._host_name,
+        service_name = next((value for key, value in info.declared if key == "service.name"), "") or info.own_name
+        # By attribute the whole pair, which all processes of a container share: they may be thousands.
+        resource = {
+            pair[0]: pair
+            for pair in (
+                ("service.name", service_name),
+                ("service.instance.id", f"{self._host_name}.{tgid}.{start_ns}"),
+                ("host.name", self._host_name),
+                *self._extra_attributes,
+                *(pair for pair in info.declared if pair[0] not in _FACTS and not pair[0].startswith("telemetry.sdk.")),
+            )
         }
-        resource.update(self._extra_attributes)
-        for attribute, value in declared.items():
-            if attribute not in _FACTS and not attribute.startswith("telemetry.sdk."):
-                resource[attribute] = value
-        resource["service.name"] = declared.get("service.name") or info.own_name
+        resource["service.name"] = "service.name", service_name
         if placement is not None:
-            resource.update(placement.attributes)
-        resource["process.pid"] = tgid
+            resource.update((pair[0], pair) for pair in placement.attributes)
+        resource["process.pid"] = "process.pid", tgid
         name = info.executable_name or comm or dict(info.resource).get("process.executable.name", "")
         if name:
-            resource["process.executable.name"] = name
-        resource["telemetry.sdk.name"] = "spanloom"
+            resource["process.executable.name"] = "process.executable.name", name
+        resource["telemetry.sdk.name"] = _SDK_NAME
         if info.language:
-            resource["telemetry.sdk.language"] = info.language
-        resource["telemetry.sdk.version"] = self._version
+            resource["telemetry.sdk.language"] = "telemetry.sdk.language", info.language
+        resource["telemetry.sdk.version"] = self._sdk_version
         return msgspec.structs.replace(
             info,
-            service_name=str(resource["service.name"]),
-            resource=tuple(resource.items()),
+            service_name=str(resource["service.name"][1]),
+            resource=tuple(resource.values()),
             placement=placement,
         )
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,9 @@ from agent.kube.pods import Pod, PodIndex, pod_attributes, read_pod
 from agent.kube.select import PodRules
 from agent.process import Placement
 
-_CGROUP_DEPTH = 8
+_CGROUP_DEPTH = 16
+"""In rootless Podman, a node of kind with CRI-O has its containers at 12."""
+
 _CGROUPS = 20_000
 """A search ends after so many directories: some milliseconds."""
 
@@ -60,6 +63,7 @@ class PodDirectory:
         roots: Callable[[], Sequence[str]] = cgroup_roots,
     ) -> None:
         self._roots = roots
+        self._known_roots: Sequence[str] | None = None
         self._index = PodIndex()
         self._node_name = node_name
         self._configured = 0
@@ -119,7 +123,8 @@ class PodDirectory:
         Walks the host's hierarchy, as its first process sees it: for processes that ended before they were looked at.
         """
         looked_at = 0
-        for root in self._roots():
+        self._known_roots = self._roots()  # they may have been mounted since
+        for root in self._known_roots:
             waiting = [""]
             while waiting and looked_at < _CGROUPS:
                 below = waiting.pop()
@@ -137,6 +142,23 @@ class PodDirectory:
                 except OSError:
                     continue  # gone meanwhile, or not ours to read
         return None
+
+    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
+        """Whether the group in that line of ``/proc/<pid>/cgroup`` has this id.
+
+        None when there is no such directory: it was removed, the path is relative to a cgroup namespace, or v2 is not
+        mounted.
+        """
+        if self._known_roots is None:
+            self._known_roots = self._roots()
+        path = cgroup.partition(b"::")[2].rstrip(b"\n")
+        found = None
+        for root in self._known_roots:
+            with suppress(OSError, ValueError):
+                found = os.stat(os.fsencode(root) + path).st_ino == cgroup_id
+            if found:
+                break
+        return found
 
     def is_current(self, placement: Placement) -> bool:
         """Whether the pod, its container and the rules are still those that a placement was made of."""

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.collector import Collector
+from tests.e2e.cluster import api, containers, in_cluster  # noqa: F401 - fixtures
 from tests.e2e.edge import Edge, edge_of
 from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment
 from tests.e2e.servers import Server

@@ -5,101 +5,19 @@ The server is tests/apiserver.py; the agent runs in its in-cluster mode with a m
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import secrets
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
 
-import pytest
-
-from tests.apiserver import ApiServer, make_endpoint_slice, make_pod, make_service
-from tests.collector import CollectedSpan, Collector
+from tests.apiserver import make_endpoint_slice, make_pod, make_service
 from tests.e2e import servers
-from tests.e2e.harness import AgentProcess, curl, free_port, one, wait_until
+from tests.e2e.cluster import NODE, ask, served
+from tests.e2e.harness import AgentProcess, free_port, one, wait_until
 from tests.e2e.servers import Server
 from tests.e2e.test_live import MountedFile, change
-
-NODE = "node-a"
-_ROOTS = (Path("/sys/fs/cgroup/unified"), Path("/sys/fs/cgroup"))
-
-
-class Container:
-    """A container of a pod: its cgroup, as containerd with systemd names it, and what runs in it."""
-
-    def __init__(self, uid: str) -> None:
-        self.id = secrets.token_hex(32)
-        root = next(path for path in _ROOTS if (path / "cgroup.procs").exists())
-        pod = f"kubepods-burstable-pod{uid.replace('-', '_')}.slice"
-        self.path = root / "kubepods.slice" / "kubepods-burstable.slice" / pod / f"cri-containerd-{self.id}.scope"
-        self.path.mkdir(parents=True)
-
-    def wrap(self, server: Server) -> Server:
-        """The same server, started in this container."""
-        enter = ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(self.path / "cgroup.procs")]
-        return dataclasses.replace(server, arguments=[*enter, *server.arguments])
-
-    def remove(self) -> None:
-        """Remove the cgroup and those above it that are empty."""
-        path = self.path
-        with suppress(OSError):
-            for _ in range(4):
-                path.rmdir()
-                path = path.parent
-
-
-@pytest.fixture
-def containers() -> Iterator[Callable[[str], Container]]:
-    """Makes containers: ``containers(pod_uid)``. Requested before ``serve``, so that they are empty at the end."""
-    made: list[Container] = []
-
-    def make(uid: str) -> Container:
-        made.append(Container(uid))
-        return made[-1]
-
-    yield make
-    for container in made:
-        wait_until(lambda container=container: not (container.path / "cgroup.procs").read_text(), "an empty cgroup")
-        container.remove()
-
-
-@pytest.fixture
-def api(tmp_path: Path) -> Iterator[ApiServer]:
-    with ApiServer() as server:
-        server.write_service_account(tmp_path / "account")
-        yield server
-
-
-@pytest.fixture
-def in_cluster(tmp_path: Path, collector: Collector, api: ApiServer) -> Iterator[Callable[..., AgentProcess]]:
-    """Starts agents in a pod of their own on the node."""
-    with ExitStack() as stack:
-
-        def start(ports: list[int], settings: dict | None = None, config: Path | None = None) -> AgentProcess:
-            chosen = {"kubernetes.service_account": str(tmp_path / "account"), "kubernetes.cluster_name": "test"}
-            pod = {"POD_NAMESPACE": "spanloom", "POD_NAME": "spanloom-x", "POD_UID": str(uuid.uuid4())}
-            environment = {**api.environ, "NODE_NAME": NODE, **pod}
-            return stack.enter_context(
-                AgentProcess(tmp_path, collector, ports, chosen | (settings or {}), environment, config)
-            )
-
-        yield start
-
-
-def ask(port: int, path: str = "/status/200") -> None:
-    assert curl("-o", "/dev/null", f"http://127.0.0.1:{port}{path}").returncode == 0
-
-
-def served(tracing: AgentProcess, port: int, count: int = 1) -> list[CollectedSpan]:
-    wait_until(
-        lambda: len(tracing.spans(port, "SERVER")) >= count, lambda: f"{count} spans:\n{tracing.stderr()[-3000:]}"
-    )
-    return tracing.spans(port, "SERVER")
 
 
 def test_a_process_is_described_by_its_pod(containers, api, in_cluster, serve, public_path: Path):

@@ -194,7 +194,11 @@ def test_the_end_waits_for_what_came_from_an_old_endpoint(serve, public_path: Pa
 
 
 def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: Path):
-    """30 changes during a run of wrk lose no span, and no span was made half by one configuration, half by another."""
+    """30 changes during a run of wrk lose no span, and no span was made half by one configuration, half by another.
+
+    10 files in between are refused for one of their keys, and nothing else of them is applied: all of them would trace
+    nothing any more.
+    """
     port = free_port()
     process = serve(servers.python_threads(port, public_path), port)
 
@@ -204,14 +208,35 @@ def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: P
             "capture": {"request_headers": ["x-odd" if number % 2 else "x-even"]},
         }
 
+    nothing = {"sampling": {"ratio": 0.0, "parent_based": False}, "select": {"executables": {"include": []}}}
+    wrong: list[dict | str] = [
+        nothing | part
+        for part in (
+            {"rotues": {}},
+            {"sampling": {"ratio": 2}},
+            {"routes": {"patterns": "x"}},
+            {"capture": {"request_headers": ["authorization"]}},
+            {"export": {"otlp": {"endpoint": "nonsense:"}}},
+            {"kernel": {"ring_buffer_bytes": 1000}},
+            {"overrides": [{"until": "tomorrow", "match": {}, "set": {}}]},
+            {"select": {"ports": {"include": [70000]}}},
+            {"select": {"executables": {"include": []}, "kubernetes": {"labels": "a in ("}}},
+        )
+    ]
+    wrong.append("a: [")
     file = MountedFile(tmp_path / "mounted", config(0))
     tracing = agent([port], config=file.path, settings={"select.executables.exclude": ["wrk"]})
+    tracing.expects_errors = True
     wrk = ["wrk", "-t1", "-c8", "-d120s", "-H", "x-odd: yes", "-H", "x-even: yes"]
     load = start([*wrk, f"http://127.0.0.1:{port}/status/200?sleep=0.05"])
     for number in range(1, 31):
+        if number % 3 == 0:
+            change(tracing, file, wrong[number // 3 - 1], "config_refused")
         changed = change(tracing, file, config(number))
         assert set(changed["changed"]) == {"routes.patterns", "capture.request_headers"}
         assert changed["needs_restart"] == []
+    assert len(events(tracing, "config_refused")) == len(wrong) == 10
+    assert len(events(tracing, "config_applied")) == 30
     load.popen.send_signal(signal.SIGINT)
     load.popen.wait(20)
     books = tracing.settle(30)

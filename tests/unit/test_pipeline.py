@@ -609,6 +609,9 @@ class Cluster:
     def container_of(self, cgroup: bytes) -> object | None:
         return None
 
+    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
+        return None
+
     def container_of_id(self, cgroup_id: int) -> object | None:
         return "container" if cgroup_id else None
 

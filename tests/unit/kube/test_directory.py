@@ -86,6 +86,28 @@ def test_a_cgroup_is_found_by_its_number(tmp_path: Path):
     assert pods.container_of_id(gone) is None
 
 
+def test_a_cgroup_is_told_from_another_by_its_number(tmp_path: Path):
+    """Of what is not there, or stands elsewhere as seen from another cgroup namespace, nothing is said."""
+    container = tmp_path / SLICE / f"cri-containerd-{ID}.scope"
+    container.mkdir(parents=True)
+    number = container.stat().st_ino
+    pods = directory(roots=lambda: (str(tmp_path / "absent"), str(tmp_path)))
+    assert pods.is_id_of(number, CGROUP) is True
+    assert pods.is_id_of(number + 1, CGROUP) is False
+    assert pods.is_id_of(tmp_path.stat().st_ino, b"0::/\n") is True
+    assert pods.is_id_of(number, f"0::/../{tmp_path.name}/x/{SLICE}\n".encode()) is None
+    assert pods.is_id_of(number, b"0::/gone\xff\0\n") is None
+    assert directory(roots=lambda: ()).is_id_of(number, CGROUP) is None
+
+
+def test_a_container_in_a_rootless_node_is_found(tmp_path: Path):
+    """Rootless Podman, in it a node of kind, in it a container that crun made: nothing nests deeper."""
+    above = "user.slice/user-1000.slice/user@1000.service/user.slice/libpod-1.scope/container/kubelet.slice"
+    container = tmp_path / above / SLICE / f"crio-{ID}.scope" / "container"
+    container.mkdir(parents=True)
+    assert directory(roots=lambda: (str(tmp_path),)).container_of_id(container.stat().st_ino) == REF
+
+
 def test_a_search_for_a_cgroup_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """However many directories there are, and however deep, the search is bounded."""
     container = tmp_path / "a" / "b" / "c" / SLICE / f"cri-containerd-{ID}.scope"
@@ -95,7 +117,7 @@ def test_a_search_for_a_cgroup_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr("agent.kube.directory._CGROUPS", 3)
     assert pods.container_of_id(container.stat().st_ino) is None
     monkeypatch.undo()
-    deep = tmp_path.joinpath(*"abcdefghi", SLICE, f"cri-containerd-{ID}.scope")
+    deep = tmp_path.joinpath(*"abcdefghijklmn", SLICE, f"cri-containerd-{ID}.scope")
     deep.mkdir(parents=True)
     assert pods.container_of_id(deep.stat().st_ino) is None
 
