@@ -1,14 +1,25 @@
 # The agent's image. tools/image.sh builds it; `docker build .` and `buildah build .` work too.
 #
-# In: this directory as .dockerignore cuts it. Out: Python, libbpf and the agent, no compiler, no pip and no headers.
-# Two builds of one source give the same files of the agent. A value of PIP_INDEX_URL stays in the builder stage.
+# In: this directory as .dockerignore cuts it. Out: Python, libbpf and the agent, no compiler, no pip and no headers, for
+# the architecture that it is built on. A value of PIP_INDEX_URL stays in the builder stage.
+#
+# Two builds of one source give the same files of the agent. Python packages are those of requirements.lock, by hash.
+# Base and Debian packages are the newest of the suite unless both are pinned:
+#   BASE_IMAGE=debian:trixie-slim@sha256:DIGEST   the base by what it holds, as a registry shows it
+#   APT_SNAPSHOT=20260101T000000Z                 Debian's archive as it was then
 
 ARG BASE_IMAGE=debian:trixie-slim
+ARG APT_SNAPSHOT=
 
 FROM ${BASE_IMAGE} AS builder
 
-RUN apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends \
+# apt knows where its archives have their snapshots. The base has no certificate authorities yet: what vouches for
+# packages are the signatures that apt checks in any case. Without the snapshot nothing is installed.
+ARG APT_SNAPSHOT
+RUN options=${APT_SNAPSHOT:+"-o APT::Snapshot=${APT_SNAPSHOT} -o APT::Update::Error-Mode=any \
+        -o Acquire::https::Verify-Peer=false"} \
+    && apt-get ${options} update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get ${options} install -y -qq --no-install-recommends \
         ca-certificates clang gcc libbpf-dev libc6-dev make python3-dev python3-venv \
     && python3 -m venv /build/pip
 
@@ -31,10 +42,13 @@ RUN --mount=type=secret,id=ca_certificates \
     && export PIP_DISABLE_PIP_VERSION_CHECK=1 \
     && if [ -n "${PIP_INDEX_URL}" ]; then export PIP_INDEX_URL; else unset PIP_INDEX_URL; fi \
     && if [ -s /run/secrets/ca_certificates ]; then export PIP_CERT=/run/secrets/ca_certificates; fi \
-    && /build/pip/bin/pip wheel -q --no-cache-dir --no-deps --wheel-dir /build/wheel . \
+    && /build/pip/bin/pip install -q --no-cache-dir --only-binary :all: --require-hashes -r requirements-build.lock \
+    && /build/pip/bin/pip wheel -q --no-index --no-build-isolation --no-deps --wheel-dir /build/wheel . \
     && python3 -m venv --without-pip /opt/spanloom \
-    && /build/pip/bin/pip --python /opt/spanloom/bin/python install -q --no-cache-dir --no-compile --only-binary :all: \
-        /build/wheel/spanloom-*.whl \
+    && install='/build/pip/bin/pip --python /opt/spanloom/bin/python install -q --no-cache-dir --no-compile' \
+    && ${install} --only-binary :all: --require-hashes -r requirements.lock \
+    && ${install} --no-index --no-deps /build/wheel/spanloom-*.whl \
+    && /build/pip/bin/pip --python /opt/spanloom/bin/python check \
     && rm -f /opt/spanloom/lib/python3*/site-packages/spanloom-*.dist-info/direct_url.json \
     && find /opt/spanloom/bin -type f ! -name spanloom -delete \
     && find /opt/spanloom/lib -name '*.h' -delete \
@@ -45,8 +59,11 @@ RUN --mount=type=secret,id=ca_certificates \
 FROM ${BASE_IMAGE}
 
 # What apt leaves behind besides the packages differs with every run.
-RUN apt-get update -qq \
-    && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends libbpf1 python3 \
+ARG APT_SNAPSHOT
+RUN options=${APT_SNAPSHOT:+"-o APT::Snapshot=${APT_SNAPSHOT} -o APT::Update::Error-Mode=any \
+        -o Acquire::https::Verify-Peer=false"} \
+    && apt-get ${options} update -qq \
+    && DEBIAN_FRONTEND=noninteractive apt-get ${options} install -y -qq --no-install-recommends libbpf1 python3 \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/* /var/cache/ldconfig/aux-cache /var/cache/debconf/*-old \
         /var/lib/dpkg/*-old /var/log/* \
     && mkdir -p /etc/spanloom

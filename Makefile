@@ -13,7 +13,7 @@ BIN       := .venv/bin
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Ibpf -I/usr/include/$(ARCH)-linux-gnu \
              -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror
 
-.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart image clean
+.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart lock image clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -38,7 +38,7 @@ test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (ro
 	SPANLOOM_TEST_BACKEND=syscalls $(BIN)/python -m pytest -q tests/e2e
 
 unit: .venv/.test-ready ## the tests that need no root
-	$(BIN)/python -m pytest -q tests/unit
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope tests/unit
 
 e2e: setup .venv/.test-ready ## real programs under real probes (root), with the backend that is chosen by itself
 	$(BIN)/python -m pytest -q tests/e2e
@@ -68,6 +68,9 @@ docs: .venv/.test-ready ## regenerate the reference pages
 
 chart: .venv/.test-ready ## render and check the Helm chart
 	$(BIN)/python -m pytest -q tests/chart
+
+lock: .venv/.ready ## pin the Python packages of the image anew
+	$(BIN)/python tools/lock.py
 
 image: ## build the container image with docker or buildah
 	tools/image.sh

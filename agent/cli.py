@@ -111,16 +111,23 @@ def _run(arguments: argparse.Namespace) -> int:
     if arguments.print_config:
         _print(config.dump(config.load(path, arguments.overrides, os.environ)))
         return 0
-    if path is None:
-        file, settings = None, config.load(None, arguments.overrides, os.environ)
-    else:
-        from agent.live import ConfigFile
+    try:
+        if path is None:
+            file, settings = None, config.load(None, arguments.overrides, os.environ)
+        else:
+            from agent.live import ConfigFile
 
-        file = ConfigFile(path, arguments.overrides, os.environ)
-        settings = file.config
-    from agent import runtime
+            file = ConfigFile(path, arguments.overrides, os.environ)
+            settings = file.config
+        from agent import runtime
 
-    return runtime.run(settings, file)
+        return runtime.run(settings, file)
+    except SpanloomError as error:
+        if os.environ.get("KUBERNETES_SERVICE_HOST"):
+            from agent.kube.cluster import report_failure
+
+            report_failure(error, os.environ)
+        raise
 
 
 def _check(arguments: argparse.Namespace) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Protocol
@@ -102,7 +102,9 @@ class Pipeline:
     """Runs the stages over batches. Not thread-safe: one thread feeds it.
 
     Bounds: ``max_pending`` exchanges that were reported before their end (the oldest is finished as it is known),
-    ``max_pending`` pipelined connections, ``max_processes`` decisions on processes. ``ring_bytes`` is the size of the
+    ``max_pending`` pipelined connections, ``max_processes`` decisions on processes. ``exchange_timeout_ns`` is how long
+    a pipelined connection with unanswered requests may be silent: the kernel does not watch over these. It does over
+    others, and ``pending_timeout_ns`` is for what its last record was lost of. ``ring_bytes`` is the size of the
     ring buffer: one ``run_once`` takes at most about as much, however fast it is filled.
     """
 
@@ -121,6 +123,7 @@ class Pipeline:
         protocols_of: Callable[[ProcessInfo], Sequence[ExchangeProtocol] | None] = lambda info: None,
         max_pending: int = 32768,
         max_processes: int = 16384,
+        exchange_timeout_ns: int = 600_000_000_000,
         pending_timeout_ns: int = 660_000_000_000,
         ring_bytes: int = 8 << 20,
     ) -> None:
@@ -141,6 +144,7 @@ class Pipeline:
         self._on_process = on_process
         self._max_pending = max_pending
         self._max_processes = max_processes
+        self._exchange_timeout_ns = exchange_timeout_ns
         self._pending_timeout_ns = pending_timeout_ns
         # By process id: start time, key, whether it is selected, the parsers. The key is one object for all exchanges.
         self._decided: dict[int, _Decision] = {}
@@ -154,9 +158,12 @@ class Pipeline:
         # report the same exchange as new.
         self._swept: set[int] = set()
         self._swept_before: set[int] = set()
-        # Connections whose exchange or stream was finished before the kernel was done with it; ``max_pending`` at most.
+        # Connections whose exchange or stream was finished before the kernel was done with it; twice ``max_pending`` at
+        # most.
         self._ended_early: set[int] = set()
         self._streams: dict[int, PipelinedConnection] = {}
+        # When something was last heard of those with outstanding requests, by connection, the most silent one first.
+        self._streams_waiting: OrderedDict[int, int] = OrderedDict()
         self._streams_seen = 0
         self._streams_outstanding = 0
         # Streams of which no request has been read yet: each stands for the exchange that the kernel has counted.
@@ -347,10 +354,11 @@ class Pipeline:
         if not decided[2]:
             if is_first:
                 self.dropped["not_selected"] += 1
+            if is_first or exchange.exchange_id not in self._pending:
                 if exchange.end <= _QUIET:
                     self._remember_early_end(exchange.connection_id)
-                return
-            if exchange.exchange_id not in self._pending:
+                else:
+                    self._ended_early.discard(exchange.connection_id)
                 return
             # It was begun while the process was selected, or its pod was not known: it ends as it began.
         if (
@@ -399,6 +407,8 @@ class Pipeline:
                 self._finish(msgspec.structs.replace(self._forget_pending(older), end=int(End.NEXT)))
         elif exchange_id not in self._pending:
             self.superseded += 1
+            if exchange.end > _QUIET:
+                self._ended_early.discard(exchange.connection_id)  # what comes next on it is another exchange
             return
         if exchange.end > _QUIET:
             if not is_first:
@@ -446,13 +456,24 @@ class Pipeline:
         return exchange
 
     def _expire(self, now_ns: int) -> None:
-        """Finish what was reported once and never again: its last record was lost, or its end has not been seen."""
+        """Finish what was reported once and never again: its last record was lost, or its end has not been seen. And
+        pipelined requests that nothing has been heard of for too long.
+        """
         limit_ns = now_ns - self._pending_timeout_ns
         while self._pending:
             oldest = next(iter(self._pending.values()))
             if oldest.end_ns > limit_ns:
                 break
             self._end_early(msgspec.structs.replace(self._forget_pending(oldest.exchange_id), end=int(End.TIMED_OUT)))
+        limit_ns = now_ns - self._exchange_timeout_ns
+        while self._streams_waiting:
+            connection_id, heard_ns = next(iter(self._streams_waiting.items()))
+            if heard_ns > limit_ns:
+                break
+            stream = self._streams[connection_id]
+            outstanding = stream.outstanding
+            self._take_streamed(stream.expire(now_ns))
+            self._count_stream(connection_id, stream, stream.lost, outstanding, now_ns)
 
     def _end_early(self, exchange: Exchange) -> None:
         """Finish an exchange that the kernel may still have more to say of."""
@@ -460,7 +481,7 @@ class Pipeline:
         self._finish(exchange)
 
     def _remember_early_end(self, connection_id: int) -> None:
-        if len(self._ended_early) >= self._max_pending:
+        if len(self._ended_early) >= 2 * self._max_pending:
             self._ended_early.pop()  # should it go on after all, the books are off by one
         self._ended_early.add(connection_id)
 
@@ -510,14 +531,14 @@ class Pipeline:
         lost, outstanding = stream.lost, stream.outstanding
         ended = stream.feed(segment)
         self._take_streamed(ended)
-        self._count_stream(stream, lost, outstanding)
+        self._count_stream(segment.connection_id, stream, lost, outstanding, segment.time_ns)
         if self._streams_unread and (ended or stream.lost or stream.outstanding):
             self._note_request(segment.connection_id)
 
     def _close_stream(self, connection_id: int, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
         lost, outstanding = stream.lost, stream.outstanding
         self._take_streamed(stream.close(closed))
-        self._count_stream(stream, lost, outstanding)
+        self._count_stream(connection_id, stream, lost, outstanding, 0)
         if self._note_request(connection_id):
             self.streamed += 1  # the kernel saw a request begin, and no request could be read
             self.dropped["stream_lost"] += 1
@@ -530,11 +551,18 @@ class Pipeline:
         self._streams_outstanding -= 1
         return True
 
-    def _count_stream(self, stream: PipelinedConnection, lost: int, outstanding: int) -> None:
+    def _count_stream(
+        self, connection_id: int, stream: PipelinedConnection, lost: int, outstanding: int, heard_ns: int
+    ) -> None:
         if stream.lost != lost:
             self.streamed += stream.lost - lost
             self.dropped["stream_lost"] += stream.lost - lost
         self._streams_outstanding += stream.outstanding - outstanding
+        if stream.outstanding:
+            self._streams_waiting[connection_id] = heard_ns
+            self._streams_waiting.move_to_end(connection_id)
+        else:
+            self._streams_waiting.pop(connection_id, None)
 
     def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
         for exchange in exchanges:

@@ -41,6 +41,9 @@ from agent.telemetry import Telemetry, configure_logging, event
 
 _log = logging.getLogger("spanloom.runtime")
 
+CERTIFICATES_SECONDS = 2.0
+"""How often the exporter's certificate files are looked at."""
+
 SHUTDOWN_SECONDS = 4.0
 """How long the exporter may take for the last batches: with the rest of the shutdown this stays below 5 s."""
 
@@ -103,6 +106,7 @@ class Agent:
         self._started = False
         self._attached = False
         self._stepped_at = time.monotonic()
+        self._certificates, self._certificates_looked_at = _certificates(config), 0.0
         destination = _destination(config)
         self.exporter = OtlpExporter(destination) if destination is not None else None
         self.cluster = Cluster.of(config, os.environ)
@@ -150,6 +154,7 @@ class Agent:
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
+            exchange_timeout_ns=int(config.limits.exchange_timeout_seconds * 1e9),
             pending_timeout_ns=int((config.limits.exchange_timeout_seconds + 60) * 1e9),
         )
         self._use_overrides(_overrides(config), time.time_ns())
@@ -251,7 +256,7 @@ class Agent:
     def apply(self, config: Config) -> None:
         """Go on with other settings from the next batch of records on; call it between two turns of the loop.
 
-        What was read before keeps what it was read under. Settings that are fixed at start stay as they are. Raises
+        What ended before keeps what it ended under. Settings that are fixed at start stay as they are. Raises
         ConfigError, and then nothing has changed.
         """
         old = self.config
@@ -263,6 +268,7 @@ class Agent:
         selector = _selector(config)
         overrides = _overrides(config)
         protocols = self._protocols(config, extractor)
+        self.pipeline.run_once(time.monotonic_ns())  # what waits in the ring buffer ended before
         if self.cluster is not None:
             self.cluster.configure(config)
         if config.capture.enabled and not self._attached:
@@ -308,6 +314,7 @@ class Agent:
 
     def _apply_export(self, config: Config, destination: Destination | None) -> None:
         """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
+        self._certificates = _certificates(config)
         if destination is not None:
             if self.exporter is None:
                 self.exporter = OtlpExporter(destination)
@@ -366,6 +373,7 @@ class Agent:
             self._stepped_at = time.monotonic()
             now_ns = time.monotonic_ns()
             self._follow_file()
+            self._follow_certificates()
             self._follow_pods()
             self._follow_overrides(time.time_ns())
             self.stitcher.clock_offset_ns = _clock_offset_ns(self.stitcher.clock_offset_ns)
@@ -389,6 +397,26 @@ class Agent:
             for protocols, _ in self._apart.values():
                 for protocol in protocols:
                     protocol.forget_peers()
+
+    def _follow_certificates(self) -> None:
+        """Take up certificates of the exporter that were replaced: those of a mounted Secret are, while it runs."""
+        now = time.monotonic()
+        if now - self._certificates_looked_at < CERTIFICATES_SECONDS:
+            return
+        self._certificates_looked_at = now
+        signature = _certificates(self.config)
+        if signature == self._certificates:
+            return
+        self._certificates = signature
+        try:
+            destination = _destination(self.config)
+        except ConfigError as error:
+            # Half of them are new, or none is whole: what the exporter has read goes on working until it expires.
+            event(_log, "certificates_refused", level=logging.ERROR, message=str(error))
+            return
+        if destination is not None and self.exporter is not None:
+            self.exporter.redirect(destination)
+            event(_log, "certificates_renewed")
 
     def _follow_file(self) -> None:
         """Apply a change of the configuration file, or say why not."""
@@ -498,6 +526,20 @@ def _selector(config: Config) -> Selector:
 
 def _overrides(config: Config) -> tuple[Override, ...]:
     return tuple(parse_override(raw, f"overrides[{index}]") for index, raw in enumerate(config.overrides))
+
+
+def _certificates(config: Config) -> list[tuple[int, int, int] | None]:
+    """What tells the exporter's certificate files from others in their place; None for one that is not there."""
+    otlp = config.export.otlp
+    found: list[tuple[int, int, int] | None] = []
+    for path in filter(None, (otlp.certificate, otlp.client_key, otlp.client_certificate)):
+        try:
+            status = os.stat(path)
+        except OSError:
+            found.append(None)
+        else:
+            found.append((status.st_ino, status.st_mtime_ns, status.st_size))
+    return found
 
 
 def _destination(config: Config) -> Destination | None:

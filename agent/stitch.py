@@ -54,7 +54,8 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
 
     ``target_id`` is the exchange that the kernel named: a server's peer, a client's parent. ``trace`` is None until the
     exchange has been placed in its trace; once its span was made ``exchange``, ``call`` and a client's ``context`` are
-    let go, and ``span_id`` is kept. ``end_ns`` is 0 while no byte of a response is known.
+    let go, and ``span_id`` is kept. ``end_ns`` is 0 while no byte of a response is known. ``awaits_answer`` says that a
+    client cannot be placed before it is known who answered ``target_id``.
     """
 
     exchange_id: int
@@ -76,6 +77,7 @@ class _Node(msgspec.Struct, gc=False, weakref=False):
     links: tuple[SpanLink, ...] = ()
     waiters: list[_Node] | None = None
     is_deciding: bool = False
+    awaits_answer: bool = False
 
 
 class Stitcher:
@@ -280,13 +282,7 @@ class Stitcher:
             # What refers to an exchange begins before it ends. The older generation had ended when the younger one was
             # begun, and of everything that began before that a record has been seen: nobody refers to it any more.
             self._generation_end_ns = now_ns
-            # An exchange is referred to for as long as it lasts, and while it or another that names it waits.
-            kept = dict(self._announced)
-            for node in self._undecided.values():
-                kept[node.exchange_id] = node
-                target = self._find(node.target_id)
-                if target is not None:
-                    kept[node.target_id] = target
+            kept = self._still_referred_to()
             self._previous, self._recent = self._recent, kept
             self._served_before, self._served = self._served, {}
             for node in kept.values():
@@ -297,6 +293,28 @@ class Stitcher:
                 self._unproven.clear()
             if len(self._migrating) > self._PROCESSES:
                 self._migrating.clear()
+
+    def _still_referred_to(self) -> dict[int, _Node]:
+        """What the next generation needs: what lasts or waits, and all that may be above what waits."""
+        kept = dict(self._announced)
+        wanted: dict[tuple[ProcessKey, bytes | str], int] = {}  # and since when
+        for node in self._undecided.values():
+            kept[node.exchange_id] = node
+            target = self._find(node.target_id)
+            if target is not None:
+                kept[node.target_id] = target
+            if node.role != _SERVER:
+                for key in (node.context.trace_id if node.context is not None else b"", node.request_id):
+                    if key:
+                        start_ns = wanted.get((node.process, key), node.start_ns)
+                        wanted[node.process, key] = min(start_ns, node.start_ns)
+        for (process, key), start_ns in wanted.items():
+            for generation in (self._served, self._served_before):
+                found = generation.get(process, {}).get(key, ())
+                for one in found if isinstance(found, list | tuple) else (found,):
+                    if not one.finished or one.end_ns >= start_ns:
+                        kept[one.exchange_id] = one
+        return kept
 
     def flush(self) -> None:
         """Place everything that waits, with what is known now (shutdown)."""
@@ -401,13 +419,18 @@ class Stitcher:
     def _needs_thread(self, node: _Node) -> bool:
         """Whether the headers alone do not tell where a client exchange belongs, and what caused it."""
         context = node.context
-        if context is None:
+        if node.awaits_answer or context is None:
             return True
-        same_trace = self._candidates(node, context.trace_id)
-        if context.span_id is None:
-            return len(same_trace) != 1
-        same_parent = [one for one in same_trace if one.context is not None and one.context.span_id == context.span_id]
-        return len(same_parent) > 1 or not same_trace
+        is_in_trace, same_parent = False, 0
+        for generation in (self._served, self._served_before):
+            found = generation.get(node.process, {}).get(context.trace_id, ())
+            for one in found if isinstance(found, list | tuple) else (found,):
+                is_in_trace = True
+                same_parent += context.span_id is None or one.context.span_id == context.span_id
+                if same_parent > 1:
+                    break
+        node.awaits_answer = same_parent > 1 or not is_in_trace
+        return node.awaits_answer
 
     def _find(self, exchange_id: int) -> _Node | None:
         return self._recent.get(exchange_id) or self._previous.get(exchange_id)
@@ -525,13 +548,16 @@ class Stitcher:
         return None
 
     def _settle_client_with_context(self, node: _Node, context: TraceContext, served: _Node | None) -> _Node | None:
+        if served is not None and _forwards(context, served):
+            self._place(node, served.trace, _span_id(served), "forwarded")
+            return None
         same_trace = self._candidates(node, context.trace_id)
         same_parent = [one for one in same_trace if one.context is not None and one.context.span_id == context.span_id]
         if same_parent or (context.span_id is None and same_trace):
             candidates, method = (same_parent, "forwarded") if same_parent else (same_trace, "trace_id")
             candidates = _in_flight(candidates, node) or candidates
             if served is not None and served in candidates:
-                candidates = [served]
+                candidates = [served]  # the context has no parent, and the thread tells which one of its trace it is
             elif len(candidates) > 1 and node.request_id:
                 candidates = [one for one in candidates if one.request_id == node.request_id] or candidates
             return self._settle_in_one_of(node, candidates, method, self._trace_of(node, context))
@@ -659,6 +685,12 @@ class Stitcher:
                 call.groups,
             )
         )
+
+
+def _forwards(context: TraceContext, served: _Node) -> bool:
+    """Whether the context of a client exchange is the one that a server exchange came with."""
+    inbound = served.context
+    return inbound is not None and inbound.trace_id == context.trace_id and inbound.span_id == context.span_id
 
 
 def _in_flight(candidates: Iterable[_Node], node: _Node) -> list[_Node]:

@@ -40,6 +40,10 @@ def volume(api: ApiServer, since: int) -> dict[str, int]:
     }
 
 
+def per_hour(measured: dict[str, int], seconds: float) -> dict[str, int]:
+    return {name: round(value * 3600 / seconds) for name, value in measured.items()}
+
+
 @contextmanager
 def cgroup(hierarchy: Path, name: str) -> Iterator[Path]:
     """A cgroup of its own, below the mount of a hierarchy; its processes have ended at the end."""
@@ -119,7 +123,10 @@ def export(agent: int, port: int, counter: subprocess.Popen, pids: tuple[int, in
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.cluster", description=__doc__)
     parser.add_argument("--pods", type=int, default=250, help="pods of the node (default 250)")
-    parser.add_argument("--seconds", type=float, default=60.0, help="length of a phase (default 60)")
+    parser.add_argument(
+        "--idle", type=float, default=60.0, help="seconds at rest (default 60; 900 sees watches renewed)"
+    )
+    parser.add_argument("--seconds", type=float, default=60.0, help="seconds of churn (default 60)")
     parser.add_argument("--churn", type=int, default=200, help="pods created and deleted in the second phase")
     parser.add_argument("--services", type=int, default=0, help="name peers, in a cluster of so many services")
     parser.add_argument("--endpoints", type=int, default=0, help="pods behind them")
@@ -166,9 +173,12 @@ def main() -> int:
             time.sleep(0.1)
         result: dict[str, object] = {"pods": arguments.pods, "services": arguments.services}
         result |= {"endpoints": arguments.endpoints, "start": volume(api, 0)}
-        since = len(api.requests)
-        time.sleep(arguments.seconds)
-        result["idle"] = {"seconds": arguments.seconds, **volume(api, since)}
+        watches = [request for request in api.requests if request.verb == "watch"]
+        before, since = sum(request.wire_out for request in watches), len(api.requests)
+        time.sleep(arguments.idle)
+        idle = volume(api, since)
+        idle["bytes_to_agent"] += sum(request.wire_out for request in watches) - before
+        result["idle"] = {"seconds": arguments.idle, **idle, "per_hour": per_hour(idle, arguments.idle)}
         result["rss_mb"], result["peak_mb"] = (round(value, 1) for value in memory_mb(agent.pid))
         result["cgroup_peak_mb"] = round(kernel_mb(group), 1)
         watches = [request for request in api.requests if request.verb == "watch"]
@@ -185,6 +195,7 @@ def main() -> int:
         churn = volume(api, since)
         churn["bytes_to_agent"] += sum(request.wire_out for request in watches) - before
         result["churn"] = {"seconds": arguments.seconds, "pods": arguments.churn, **churn}
+        result["churn"]["per_hour"] = per_hour(churn, arguments.seconds)
         result["rss_mb_after_churn"], result["peak_mb_after_churn"] = (
             round(value, 1) for value in memory_mb(agent.pid)
         )

@@ -5,28 +5,6 @@
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
-static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u64 key)
-{
-	__u64 *found = bpf_map_lookup_elem(&endpoints, endpoint);
-
-	if (found && *found == key) /* not overwritten by another connection from the same port */
-		bpf_map_delete_elem(&endpoints, endpoint);
-}
-
-static __always_inline void forget(struct connection *connection, __u64 key)
-{
-	struct endpoint endpoint;
-
-	if (connection->exchange.role == ROLE_CLIENT) {
-		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
-			    connection->exchange.netns, connection->exchange.remote_port);
-		forget_endpoint(&endpoint, key);
-		endpoint.server_port = 0;
-		forget_endpoint(&endpoint, key);
-	}
-	untrack(key);
-}
-
 /* Why this tracepoint: it is where every TCP socket's end is seen, whoever closes it and in whatever context. Its
  * arguments are stable since 4.16. It costs one look-up per change of state.
  */
@@ -71,7 +49,7 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	} else if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE) {
 		finish(connection, end, now);
 	}
-	forget(connection, key);
+	forget(key);
 	return 0;
 }
 
@@ -134,7 +112,7 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 	}
 	if (connection->lingers && now > active_ns + LINGER_NS) {
 		finish(connection, END_CLOSED, now);
-		forget(connection, key);
+		forget(key);
 		return 0;
 	}
 	/* Each report of a stream doubles the silence that the next one needs; the last chunk ends the wait. */

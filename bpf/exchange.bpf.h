@@ -1045,6 +1045,32 @@ static __always_inline void untrack(__u64 key)
 		__sync_fetch_and_add(&tracked_connections, -1);
 }
 
+static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u64 key)
+{
+	__u64 *found = bpf_map_lookup_elem(&endpoints, endpoint);
+
+	if (found && *found == key) /* not overwritten by another connection from the same port */
+		bpf_map_delete_elem(&endpoints, endpoint);
+}
+
+/* Ends the tracking of a connection. */
+static __always_inline void forget(__u64 key)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
+	struct endpoint endpoint;
+
+	if (!connection)
+		return;
+	if (connection->exchange.role == ROLE_CLIENT) {
+		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
+			    connection->exchange.netns, connection->exchange.remote_port);
+		forget_endpoint(&endpoint, key);
+		endpoint.server_port = 0;
+		forget_endpoint(&endpoint, key);
+	}
+	untrack(key);
+}
+
 /* A connection that is not tracked carried bytes: track it when they begin a request. `socket` is 0 when the sock is
  * known to be TCP's.
  */
@@ -1123,11 +1149,11 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
 		if (connection->state != STATE_IDLE)
 			finish(connection, END_CLOSED, bpf_ktime_get_ns());
-		untrack(key);
+		forget(key);
 		connection = 0;
 	}
 	if (connection && connection->passed_over && connection->ports_generation != (__u32)ports_generation) {
-		untrack(key);
+		forget(key);
 		connection = 0;
 	}
 	if (!connection) {

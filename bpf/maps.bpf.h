@@ -121,8 +121,8 @@ struct process {
 	__u32 served;   /* 1 once the process began to serve an exchange */
 };
 
-/* Key: tgid. Inserted by the process's first exchange (unknown); user space decides on what is there (traced, ignored)
- * and inserts only the agent itself; deleted at exit and exec. Full: the process stays unknown, which costs a record per
+/* Key: tgid. Inserted by the process's first exchange (unknown), and changed by user space (traced, ignored), which
+ * inserts only the agent's own; deleted at exit and exec. Full: the process stays unknown, which costs a record per
  * exchange, counted as process_full.
  */
 struct {

@@ -72,16 +72,22 @@ static __always_inline void read_identity(struct sock *sock, struct record_excha
 	}
 }
 
-/* A recycled struct sock whose close was not seen would carry another connection's state. */
+/* A recycled struct sock whose close was not seen would carry another connection's state. One that TCP has closed gives
+ * its own port back (inet_put_port()), while its process may still read what came before: it is no other one.
+ */
 static __always_inline bool same_ports(struct sock *sock, const struct record_exchange *exchange)
 {
-	return BPF_CORE_READ(sock, __sk_common.skc_num) == exchange->local_port &&
+	__u16 port = BPF_CORE_READ(sock, __sk_common.skc_num);
+
+	return (!port || port == exchange->local_port) &&
 	       bpf_ntohs(BPF_CORE_READ(sock, __sk_common.skc_dport)) == exchange->remote_port;
 }
 
 static __always_inline bool same_ports_trusted(struct sock *sock, const struct record_exchange *exchange)
 {
-	return sock->__sk_common.skc_num == exchange->local_port &&
+	__u16 port = sock->__sk_common.skc_num;
+
+	return (!port || port == exchange->local_port) &&
 	       bpf_ntohs(sock->__sk_common.skc_dport) == exchange->remote_port;
 }
 

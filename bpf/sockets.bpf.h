@@ -20,8 +20,24 @@ static __always_inline syscall_regs *call_of(struct task_struct *task)
 	return SYSCALL_IS_COMPAT(regs) ? 0 : regs;
 }
 
-/* The bytes that a call for one message moves lie in user memory: where. */
-static __always_inline bool bytes_of_call(syscall_regs *regs, struct transfer *transfer)
+/* Bytes that are read into several messages at once are found in the first message only, and nothing tells which one
+ * has just been read. Where something may begin it is the first one: had it been read before, by this call, the
+ * connection would not be waiting any more. Everything else is counted, and is a gap. A request that begins in a later
+ * message is not seen.
+ */
+static __always_inline bool may_begin(const struct connection *connection)
+{
+	if (!connection)
+		return true;
+	if (connection->mode != MODE_EXCHANGE)
+		return false;
+	return connection->state == STATE_IDLE ||
+	       connection->state == (connection->exchange.role == ROLE_SERVER ? STATE_RESPONSE : STATE_REQUEST);
+}
+
+/* The bytes that a call moves lie in user memory: where. */
+static __always_inline bool bytes_of_call(syscall_regs *regs, struct transfer *transfer,
+					  const struct connection *connection)
 {
 	switch (SYSCALL_NR(regs)) {
 	case NR_write:
@@ -35,7 +51,7 @@ static __always_inline bool bytes_of_call(syscall_regs *regs, struct transfer *t
 		from_iov(transfer, SYSCALL_ARG2(regs), SYSCALL_ARG3(regs));
 		return true;
 	case NR_recvmmsg:
-		if (SYSCALL_ARG3(regs) != 1)
+		if (SYSCALL_ARG3(regs) != 1 && !may_begin(connection))
 			return false;
 		/* fall through */
 	case NR_sendmsg:
@@ -163,7 +179,7 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 			count(COUNTER_IGNORED_OTHER);
 	} else if (connection->mode == MODE_STREAM) {
 		transfer.length = moved; /* stream mode wants to know what was really sent */
-		if (bytes_of_call(regs, &transfer)) {
+		if (bytes_of_call(regs, &transfer, connection)) {
 			simplify(&transfer);
 			stream_transfer(connection->sock, &transfer, connection->exchange.role == ROLE_SERVER);
 		} else {
@@ -193,7 +209,7 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	if (!regs)
 		return 0;
 	transfer.length = moved;
-	if (!(flags & MSG_TRUNC) && bytes_of_call(regs, &transfer)) {
+	if (!(flags & MSG_TRUNC) && bytes_of_call(regs, &transfer, connection)) {
 		simplify(&transfer);
 		on_transfer(connection, 0, 0, sock, &transfer, false, false, pid_tgid);
 	} else if (connection) {

@@ -45,7 +45,7 @@ int BPF_PROG(on_sys_enter, struct pt_regs *raw_regs, long number)
 	case NR_writev:
 		from_iov(&transfer, SYSCALL_ARG2(regs), SYSCALL_ARG3(regs));
 		break;
-	default: /* of sendmmsg, the first message: more than one is not for stream sockets */
+	default: /* of sendmmsg, the first message */
 		if (!from_msghdr(&transfer, SYSCALL_ARG2(regs)))
 			return 0;
 	}
@@ -54,6 +54,47 @@ int BPF_PROG(on_sys_enter, struct pt_regs *raw_regs, long number)
 	if (socket)
 		on_transfer(connection_of(sock), process, socket, sock, &transfer, true, true, pid_tgid);
 	return 0;
+}
+
+/* Of sendmmsg and recvmmsg the first message is handled like that of sendmsg and recvmsg. The later ones are what is seldom
+ * sent on a stream socket, and following each would multiply what the verifier has to walk: their bytes are counted,
+ * and are a gap. A request that begins in one of them is not seen.
+ */
+#define MESSAGES_MAX 64 /* of up to 1024 (UIO_MAXIOV); the bytes of later ones are missed */
+
+/* Bytes that the messages behind the first one moved. Global for the reason given at absorb_iovecs(). */
+__noinline __u64 later_messages(__u64 messages, __u64 moved_messages)
+{
+	__u64 total = 0;
+
+	for (__u32 i = 1; i < MESSAGES_MAX; i++) {
+		__u32 length = 0;
+
+		if (i >= moved_messages)
+			break;
+		if (bpf_probe_read_user(&length, sizeof(length), &((struct user_mmsghdr *)messages)[i].length)) {
+			count(COUNTER_READ_FAULT);
+			break;
+		}
+		total += length;
+	}
+	return total;
+}
+
+static __always_inline void on_later_messages(syscall_regs *regs, long moved_messages, bool egress)
+{
+	struct connection *connection;
+	struct sock *sock;
+	__u64 total;
+
+	if (moved_messages < 2 || !socket_of_fd(SYSCALL_ARG1(regs), &sock))
+		return;
+	connection = connection_of(sock);
+	if (!connection)
+		return;
+	total = later_messages(SYSCALL_ARG2(regs), moved_messages);
+	if (total)
+		on_bodiless_bytes(connection, total, egress);
 }
 
 /* Bytes that a write of several buffers offers, as far as it is cheap to tell; 0 when it is not. */
@@ -162,8 +203,11 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 	case NR_writev:
 	case NR_sendmsg:
 	case NR_sendmmsg:
-		if (!SYSCALL_IS_COMPAT(regs))
-			on_write_exit(regs, number, moved, bpf_get_current_pid_tgid());
+		if (SYSCALL_IS_COMPAT(regs))
+			return 0;
+		on_write_exit(regs, number, moved, bpf_get_current_pid_tgid());
+		if (number == NR_sendmmsg)
+			on_later_messages(regs, moved, true);
 		return 0;
 	case NR_poll:
 	case NR_ppoll:
@@ -216,8 +260,7 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 		flags = SYSCALL_ARG3(regs);
 		break;
 	case NR_recvmmsg: {
-		/* moved counts messages; for a stream socket one is all there is to expect. */
-		__u32 length = 0;
+		__u32 length = 0; /* of the first message; moved counts them */
 
 		if (!from_msghdr(&transfer, SYSCALL_ARG2(regs)))
 			return 0;
@@ -238,6 +281,8 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 	socket = socket_of_fd(SYSCALL_ARG1(regs), &sock);
 	if (socket)
 		on_transfer(connection_of(sock), process, socket, sock, &transfer, false, false, pid_tgid);
+	if (number == NR_recvmmsg)
+		on_later_messages(regs, moved, false);
 	return 0;
 }
 

@@ -48,7 +48,9 @@ For a first look without a collector of your own, let the chart run Jaeger:
     helm install spanloom charts/spanloom --namespace spanloom --set jaeger.enabled=true
     kubectl -n spanloom port-forward service/spanloom-jaeger 16686    # then open http://localhost:16686
 
-`helm test spanloom -n spanloom` asks an agent whether its probes are attached.
+`helm test spanloom -n spanloom` asks an agent whether its probes are attached. [The guide for
+operators](../../docs/operating.md) goes on from here: the first trace, tuning, upgrades, what to look at when a service
+is not traced, the security model.
 
 ## Tune
 
@@ -67,7 +69,8 @@ Its sections:
 Each agent runs with `hostPID`, so that the kernel's pids and those of `/proc` are the same; it never uses the host's
 network and mounts nothing of the host. Its root file system is read-only. By default it is privileged. With
 `securityContext.mode: capabilities` it is not: it then has the capabilities of `securityContext.capabilities` and no
-others. Pod Security admission has to allow the level `privileged` in both modes, because of `hostPID`.
+others, four by default, each of which it needs. Pod Security admission has to allow the level `privileged` in both
+modes, because of `hostPID`.
 
 | Role | Rule | What for |
 |---|---|---|
@@ -78,6 +81,13 @@ others. Pod Security admission has to allow the level `privileged` in both modes
 Credentials for the collector come from Secrets (`otlp.headersSecret`, `otlp.tls.secretName`) and are refused in
 `config` and `otlp.env`, which end up in a ConfigMap and in the pod's description. A change of the Secret with the
 headers needs `kubectl rollout restart`, as with every environment variable.
+
+## Upgrade
+
+    helm upgrade spanloom charts/spanloom --namespace spanloom --values values.yaml
+
+A change below `config` replaces no pod. Changes of the pods, such as a new image, reach the nodes as `updateStrategy`
+says; an agent exports what is complete before it ends. `helm rollback spanloom --namespace spanloom` goes back.
 
 ## Uninstall
 

@@ -4,7 +4,8 @@
 # Environment, all optional:
 #   IMAGE_BUILDER      docker or buildah; by default docker when its engine answers, else buildah
 #   IMAGE_BUILD_FLAGS  more flags for the build command, such as --no-cache
-#   BASE_IMAGE         the base of both stages
+#   BASE_IMAGE         the base of both stages, pinned as debian:trixie-slim@sha256:DIGEST
+#   APT_SNAPSHOT       Debian's archive as it was then, such as 20260101T000000Z; by default as it is now
 #   PIP_INDEX_URL      where pip looks for packages
 #   PIP_CERT           certificates to trust while pip downloads; they do not enter the image
 #   SOURCE_DATE_EPOCH  the time of the image; by default that of the last commit
@@ -47,6 +48,7 @@ set -- --file Dockerfile --tag "$tag" \
 	--build-arg "SOURCE_DATE_EPOCH=$epoch" --build-arg "VERSION=$version" \
 	--build-arg "REVISION=$revision" --build-arg "CREATED=$created"
 [ -z "${BASE_IMAGE:-}" ] || set -- "$@" --build-arg "BASE_IMAGE=$BASE_IMAGE"
+[ -z "${APT_SNAPSHOT:-}" ] || set -- "$@" --build-arg "APT_SNAPSHOT=$APT_SNAPSHOT"
 [ -z "${PIP_INDEX_URL:-}" ] || set -- "$@" --build-arg "PIP_INDEX_URL=$PIP_INDEX_URL"
 if [ -n "${PIP_CERT:-}" ]; then
 	[ -r "$PIP_CERT" ] || fail "PIP_CERT=$PIP_CERT: no such file"

@@ -26,12 +26,12 @@ it stay in the second-level cache (a fifth less CPU per span than with 1 MiB: `m
 BATCH_SLOTS = 4096
 
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
-BPF_ANY, BPF_EXIST = 0, 2  # include/uapi/linux/bpf.h
 
 _ZERO_AT_FIRST = frozenset(
     ("ports_filtered", "ports_generation")
 )  # the compiler puts these into .bss, the other settings into .data
 
+_BPF_EXIST = 2  # linux/bpf.h: change an entry, make none
 _COMMON = ("on_sock_state", "on_process_exit", "on_process_exec")
 _BACKENDS = {
     "syscalls": ("on_sys_enter", "on_sys_exit"),
@@ -141,7 +141,9 @@ class Capture:
     def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
         for tgid in ignore_tgids:
-            self._update_process(tgid, 0, PROCESS_IGNORED, 0, BPF_ANY)
+            key = ffi.new("uint32_t *", tgid)
+            value = ffi.from_buffer(self._process.pack(0, PROCESS_IGNORED, 0))
+            self._check(lib.bpf_map_update_elem(self._maps["processes"], key, value, 0))
         for name in self._programs:
             link = lib.bpf_program__attach(self._program(name))
             if link == ffi.NULL:
@@ -188,23 +190,19 @@ class Capture:
         return min(self._oldest[0], started_ns)
 
     def decide(self, tgid: int, start_ns: int, state: int) -> None:
-        """Record whether a process is traced. ``served`` is kept when the kernel set it already.
-
-        Only where the kernel has an entry: it deletes that of a process which ends, and what was entered after that
-        would stay for ever, as the start and the decision of whoever has the number next.
+        """Record whether a process is traced, in its entry. Nothing is done without one: the process has ended, or runs
+        another program by now, or could not be remembered, and what comes next is announced anew. An entry made here
+        would outlast the process and be found by a later one of the same number. ``served`` is kept.
         """
         key = ffi.new("uint32_t *", tgid)
         value = ffi.new("unsigned char[]", self._process.size)
-        if lib.bpf_map_lookup_elem(self._maps["processes"], key, value) != 0:
+        if lib.bpf_map_lookup_elem(self._maps["processes"], key, value):
             return
         seen_start_ns, _, served = self._process.unpack(ffi.buffer(value))
         if seen_start_ns != start_ns:
             return  # another process has the number by now
-        self._update_process(tgid, start_ns, state, served, BPF_EXIST)
-
-    def _update_process(self, tgid: int, start_ns: int, state: int, served: int, flags: int) -> None:
-        key, value = ffi.new("uint32_t *", tgid), ffi.from_buffer(self._process.pack(start_ns, state, served))
-        lib.bpf_map_update_elem(self._maps["processes"], key, value, flags)
+        ffi.buffer(value)[:] = self._process.pack(start_ns, state, served)
+        lib.bpf_map_update_elem(self._maps["processes"], key, value, _BPF_EXIST)
 
     def counters(self) -> dict[str, int]:
         """Sum the per-CPU counters of ``enum counter``, by lower-case name. Threads may ask at the same time.

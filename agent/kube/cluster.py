@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from agent.errors import ConfigError
+from agent.errors import ConfigError, SpanloomError
 from agent.kube.directory import PodDirectory
 from agent.kube.select import PodRules
 from agent.telemetry import event
@@ -129,6 +129,25 @@ class Cluster:
                 event(_log, "kube_event_not_written", level=logging.WARNING, error=str(error))
 
         threading.Thread(target=post, name="kube-event", daemon=True).start()
+
+
+def report_failure(error: SpanloomError, environ: Mapping[str, str], account: Path | None = None) -> None:
+    """Write an Event about the agent's own pod, which ends with this error: ``kubectl describe`` shows it between the
+    restarts. Takes three seconds at most; where there is no service account or no API server, nothing happens.
+    """
+    from agent.kube.api import SERVICE_ACCOUNT_DIRECTORY, ApiClient, InClusterConfig
+
+    namespace, name, uid = (environ.get(variable, "") for variable in ("POD_NAMESPACE", "POD_NAME", "POD_UID"))
+    reason = "ConfigRefused" if isinstance(error, ConfigError) else "AgentFailed"
+    if not namespace or not name:
+        return
+    try:
+        client = ApiClient(InClusterConfig.load(account or SERVICE_ACCOUNT_DIRECTORY, environ))
+    except ConfigError:
+        return
+    thread = threading.Thread(target=client.post_event, args=(namespace, name, uid, reason, str(error)), daemon=True)
+    thread.start()
+    thread.join(3.0)
 
 
 def _rules(config: Config) -> PodRules:

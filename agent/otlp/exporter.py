@@ -25,6 +25,7 @@ gRPC is imported when a destination is made, not with this module.
 from __future__ import annotations
 
 import logging
+import os
 import random
 import threading
 import time
@@ -76,6 +77,8 @@ class Destination:
     """
 
     def __init__(self, settings: ExporterSettings) -> None:
+        # What its core says of each failed attempt is not our log's form, and what matters of it comes with the error.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
         import grpc  # noqa: F401 - a tenth of a second, here rather than in the first submit
 
         self.settings = settings

@@ -11,6 +11,9 @@ Anywhere else the connection is lost: what was outstanding is counted and forgot
 segment that begins with a method and follows a response segment (the client writes again, so it is likely that
 nothing older is owed to it), and at the first response segment after it that begins with "HTTP/1.".
 
+Requests that wait for too long are handed out by ``expire`` and keep their place without their heads: what is answered
+after all is their response, and not that of a later request.
+
 Bounds per connection: 256 outstanding requests, 256 KiB of their heads, 8 KiB for each head, chunk-size line and
 trailer line. Whatever exceeds one of them loses the connection in the above sense.
 """
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 import re
 from collections import deque
+from itertools import islice
 from random import getrandbits
 
 import msgspec
@@ -69,7 +73,7 @@ class StreamLosses:
 
 
 class PipelinedConnection:
-    """One connection in stream mode. ``feed`` and ``close`` return finished exchanges and never raise.
+    """One connection in stream mode. ``feed``, ``expire`` and ``close`` return finished exchanges and never raise.
 
     ``lost``: requests whose exchange was never handed out. ``losses``: why, and what else went wrong.
     """
@@ -78,6 +82,7 @@ class PipelinedConnection:
         self.lost = 0
         self.losses = losses if losses is not None else StreamLosses()
         self._pairs: deque[_Pair] = deque()
+        self._expired = 0  # the oldest of _pairs, which were handed out already
         self._head_bytes = 0  # of the requests in _pairs
         self._ready: list[Exchange] = []
         self._requests = Reader(lambda message: True, self._begin_request, self._finish_request)
@@ -88,7 +93,7 @@ class PipelinedConnection:
     @property
     def outstanding(self) -> int:
         """Requests seen and neither handed out nor lost."""
-        return len(self._pairs)
+        return len(self._pairs) - self._expired
 
     def feed(self, segment: Segment) -> list[Exchange]:
         """Consume one segment; return the exchanges that it completed."""
@@ -125,23 +130,36 @@ class PipelinedConnection:
             self._last_direction = segment.direction
         return self._take_ready()
 
+    def expire(self, now_ns: int) -> list[Exchange]:
+        """Return what is outstanding as timed out. Its late responses are read and make no exchange of their own."""
+        self._keep_unfinished_head()
+        for pair in islice(self._pairs, self._expired, None):
+            self._hand_out(pair, End.TIMED_OUT, 0, now_ns)
+            self._head_bytes -= len(pair.request.head)
+            pair.request.head = b""
+        self._expired = len(self._pairs)
+        return self._take_ready()
+
     def close(self, closed: ConnectionClosed | None) -> list[Exchange]:
         """End the connection; return what was outstanding, with the close's end and flags.
 
         Without a close record nothing is known of how the outstanding exchanges ended: they are counted as lost.
         """
         if closed is None:
-            self._lose("forgotten", count=bool(self._pairs))
+            self._lose("forgotten", count=bool(self.outstanding))
         else:
-            response = self._responses.message
-            if response is not None and not response.head:
-                response.head = self._responses.unfinished_head()
-            for pair in self._pairs:
+            self._keep_unfinished_head()
+            for pair in islice(self._pairs, self._expired, None):
                 self._hand_out(pair, closed.end, closed.flags & Flag.PEER_CLOSED, closed.time_ns)
             self._forget(State.OPAQUE)
         self._requests.reset(State.OPAQUE)
         self._responses.reset(State.OPAQUE)
         return self._take_ready()
+
+    def _keep_unfinished_head(self) -> None:
+        response = self._responses.message
+        if response is not None and not response.head:
+            response.head = self._responses.unfinished_head()
 
     def _take_ready(self) -> list[Exchange]:
         ready = self._ready
@@ -201,8 +219,7 @@ class PipelinedConnection:
         framing, length = _framing(lines)
         if status == 101 or (pair.method == b"CONNECT" and status < 300):
             pair.request.done = message.done = True
-            self._pairs.popleft()
-            self._hand_out(pair, End.HANDED_OVER, 0, message.end_ns)
+            self._end_oldest(End.HANDED_OVER, message.end_ns)
             self._lose("handed_over", State.OPAQUE, count=bool(self._pairs))
             return State.OPAQUE, 0
         if pair.method == b"CONNECT":
@@ -220,20 +237,27 @@ class PipelinedConnection:
 
     def _complete(self, pair: _Pair) -> None:
         """Hand out the oldest pair, whose response is whole."""
-        self._pairs.popleft()
+        self._end_oldest(End.NEXT, max(pair.request.end_ns, pair.response.end_ns if pair.response else 0))
+
+    def _end_oldest(self, end: int, end_ns: int) -> None:
+        pair = self._pairs.popleft()
         self._head_bytes -= len(pair.request.head)
-        self._hand_out(pair, End.NEXT, 0, max(pair.request.end_ns, pair.response.end_ns if pair.response else 0))
+        if self._expired:
+            self._expired -= 1
+        else:
+            self._hand_out(pair, end, 0, end_ns)
 
     def _lose(self, reason: str, state: State = State.SEEKING, *, count: bool = True) -> None:
         if count:
             self.losses.reasons[reason] = self.losses.reasons.get(reason, 0) + 1
         if self._pairs and self._pairs[0].response is not None and self._pairs[0].response.done:
             self._complete(self._pairs[0])  # only the end of its request's body is missing
-        self.lost += len(self._pairs)
+        self.lost += self.outstanding
         self._forget(state)
 
     def _forget(self, state: State) -> None:
         self._pairs.clear()
+        self._expired = 0
         self._head_bytes = 0
         self._requests.reset(state)
         self._responses.reset(state)

@@ -15,7 +15,8 @@ MODES = {"default": "privileged", "jaeger": "privileged", "tls-and-headers": "pr
     "capabilities": "capabilities",
     "everything-on": "capabilities",
 }
-DOCUMENTED = ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH", "SYS_RESOURCE"]
+DOCUMENTED = ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH"]
+"""tests/e2e/test_capabilities.py shows that each is needed, and nothing else."""
 
 
 def test_every_values_file_has_its_mode():
@@ -37,10 +38,10 @@ def test_privileged_in_the_privileged_mode_only(objects, case):
 
 
 def test_capabilities_are_those_documented_and_no_others(renders, helm):
-    """The default list is exact; a shorter one is taken as it is."""
+    """The default list is exact; another one is taken as it is."""
     assert agent_of(objects_of(renders["everything-on"]))["securityContext"]["capabilities"]["add"] == DOCUMENTED
-    shorter = agent_of(objects_of(renders["capabilities"]))["securityContext"]["capabilities"]["add"]
-    assert shorter == ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH"]
+    longer = agent_of(objects_of(renders["capabilities"]))["securityContext"]["capabilities"]["add"]
+    assert longer == [*DOCUMENTED, "SYS_RESOURCE"]
     values = {"securityContext": {"mode": "capabilities", "capabilities": ["SYS_ADMIN"]}}
     context = agent_of(objects_of(helm.render(values)))["securityContext"]
     assert context["capabilities"]["add"] == ["SYS_ADMIN"]
@@ -50,7 +51,7 @@ def test_capabilities_are_those_documented_and_no_others(renders, helm):
 def test_capabilities_are_known_to_the_agents_check():
     """`spanloom check` reports every capability that the chart gives."""
     checked = {probe.title for probe in PROBES}
-    assert {f"CAP_{name}" for name in DOCUMENTED} <= checked
+    assert {f"CAP_{name}" for name in [*DOCUMENTED, "SYS_RESOURCE", "SYS_ADMIN"]} <= checked
 
 
 def test_the_agents_pod_shares_pids_and_nothing_else(objects):

@@ -56,6 +56,7 @@ def nested(path: tuple[str, ...], value: object) -> dict:
         ({"resources": {"limit": {"memory": "1Gi"}}}, ["resources", "limit"]),
         ({"tolerations": [{"operater": "Exists"}]}, ["tolerations/0", "operater"]),
         ({"updateStrategy": {"maxUnavailable": 1}}, ["updateStrategy", "maxUnavailable"]),
+        ({"updateStrategy": {"rollingUpdate": {"maxSurge": 1}}}, ["updateStrategy/rollingUpdate", "maxSurge"]),
         ({"affinity": {"podAfinity": {}}}, ["affinity", "podAfinity"]),
         ({"otlp": {"env": {"OTEL_EXPORTER_OTLP_TIMEOUT": 5000}}}, ["otlp/env/OTEL_EXPORTER_OTLP_TIMEOUT"]),
         ({"otlp": {"env": {"PATH": "/"}}}, ["otlp/env", "PATH"]),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import struct
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -137,8 +138,9 @@ class Edge:
         )
 
     def assert_forgotten(self, *ports: int) -> None:
-        """Nothing of the test's connections stays behind in the kernel."""
+        """Nothing of the test's connections stays behind in the kernel, nor of threads and processes that ended."""
         wait_until(lambda: not self.connections(*ports), lambda: f"{self.connections(*ports)} connections are kept")
+        wait_until(lambda: not left_behind(self.agent.pid), lambda: f"kept: {left_behind(self.agent.pid)[:20]}")
 
 
 _DROPPED = "spanloom_exchanges_dropped_total{reason="
@@ -157,11 +159,27 @@ def edge_of(directory: Path, *, ports: int = 4, settings: dict[str, Any] | None 
         yield Edge(agent, collector, server, client)
 
 
-# -- the agent's map of connections, read through bpf(2): the agent itself has no use for such a listing
+# -- the agent's maps, read through bpf(2): the agent itself has no use for such a listing
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}[os.uname().machine]
 _MAP_LOOKUP_ELEM, _MAP_GET_NEXT_KEY, _MAP_GET_FD_BY_ID, _OBJ_GET_INFO_BY_FD = 1, 4, 14, 15
 _libc = ctypes.CDLL(None, use_errno=True)
+
+
+def left_behind(pid: int) -> list[str]:
+    """What the agent's maps hold of clients' connections that are not tracked any more, and of ended threads and
+    processes.
+    """
+    connections = {key for key, _ in _entries(pid, "connections")}
+    return [
+        *(f"endpoint {key.hex()}" for key, connection in _entries(pid, "endpoints") if connection not in connections),
+        *(
+            f"{name} {task}"
+            for name in ("threads", "processes")
+            for task in (int.from_bytes(key, sys.byteorder) for key, _ in _entries(pid, name))
+            if not Path(f"/proc/{task}").exists()  # that of a thread is not listed, and is there
+        ),
+    ]
 
 
 def _bpf(command: int, attributes: bytes) -> int:
@@ -169,8 +187,8 @@ def _bpf(command: int, attributes: bytes) -> int:
     return _libc.syscall(_SYS_BPF, command, buffer, 128)
 
 
-def _map_of(pid: int, name: str) -> tuple[int, int]:
-    """A descriptor of a process's BPF map, by name, and the size of its values."""
+def _map_of(pid: int, name: str) -> tuple[int, int, int]:
+    """A descriptor of a process's BPF map, by name, and the sizes of its keys and values."""
     for entry in Path(f"/proc/{pid}/fdinfo").iterdir():
         fields = dict(line.split(":", 1) for line in entry.read_text().splitlines() if ":" in line)
         if "map_id" not in fields:
@@ -183,27 +201,32 @@ def _map_of(pid: int, name: str) -> tuple[int, int]:
             raise OSError(ctypes.get_errno(), "bpf")
         # struct bpf_map_info: type, id, key_size, value_size, max_entries, map_flags, name
         if info.raw[24:40].rstrip(b"\0").decode() == name:
-            return descriptor, struct.unpack_from("<I", info.raw, 12)[0]
+            return descriptor, *struct.unpack_from("<II", info.raw, 8)
         os.close(descriptor)
     raise AssertionError(f"process {pid} has no map {name}")
 
 
-def _connection_ports(pid: int) -> list[tuple[int, int]]:
-    """(local port, remote port) of every entry."""
-    descriptor, size = _map_of(pid, "connections")
+def _entries(pid: int, name: str) -> list[tuple[bytes, bytes]]:
+    """Keys and values of a process's BPF map."""
+    descriptor, key_size, value_size = _map_of(pid, name)
     found = []
     try:
-        key, value = ctypes.create_string_buffer(8), ctypes.create_string_buffer(size)
-        following = ctypes.create_string_buffer(8)
+        key, value = ctypes.create_string_buffer(key_size), ctypes.create_string_buffer(value_size)
+        following = ctypes.create_string_buffer(key_size)
         previous = 0
         while not _bpf(_MAP_GET_NEXT_KEY, struct.pack("<IIQQ", descriptor, 0, previous, ctypes.addressof(following))):
             key.raw = following.raw
             previous = ctypes.addressof(key)
-            if _bpf(_MAP_LOOKUP_ELEM, struct.pack("<IIQQ", descriptor, 0, previous, ctypes.addressof(value))):
-                continue  # gone meanwhile
-            # The two ports stand 48 bytes before the end of struct record_exchange, which the captured bytes follow:
-            # 1024 + 256 of them and 256 of slack with the default settings.
-            found.append(struct.unpack_from("=HH", value.raw, size - 1536 - 48))
+            # One that is gone meanwhile is none.
+            if not _bpf(_MAP_LOOKUP_ELEM, struct.pack("<IIQQ", descriptor, 0, previous, ctypes.addressof(value))):
+                found.append((key.raw, value.raw))
     finally:
         os.close(descriptor)
     return found
+
+
+def _connection_ports(pid: int) -> list[tuple[int, int]]:
+    """(local port, remote port) of every connection."""
+    # The two ports stand 48 bytes before the end of struct record_exchange, which the captured bytes follow: 1024 + 256
+    # of them and 256 of slack with the default settings.
+    return [struct.unpack_from("=HH", value, len(value) - 1536 - 48) for _, value in _entries(pid, "connections")]

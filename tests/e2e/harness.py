@@ -198,7 +198,7 @@ class AgentProcess:
 
     ``ports`` is ``select.ports.include``; empty traces every port of the host. ``settings`` are further ones by dotted
     key, stronger than ``config``, a file. Without a ``collector`` no endpoint is set, and spans go to standard output,
-    which is the file ``stdout_path``.
+    which is the file ``stdout_path``. ``within`` is a command that becomes the agent, such as setpriv with its options.
     Leaving stops the agent and asserts that it ended well.
     """
 
@@ -210,8 +210,10 @@ class AgentProcess:
         settings: Mapping[str, Any] | None = None,
         environment: Mapping[str, str] | None = None,
         config: Path | None = None,
+        within: Sequence[str] = (),
     ) -> None:
         self.config = config
+        self.within = within
         self.expects_errors = False
         self.collector = collector
         self.ports = tuple(ports)
@@ -236,7 +238,7 @@ class AgentProcess:
 
     def start(self, wait: bool = True) -> AgentProcess:
         """Start it, and wait until it is ready. Raises AgentFailedError with its own message when it ends instead."""
-        arguments = [sys.executable, "-m", "agent", "run"]
+        arguments = [*self.within, sys.executable, "-m", "agent", "run"]
         if self.config is not None:
             arguments += ["--config", str(self.config)]
         for key, value in self.settings.items():

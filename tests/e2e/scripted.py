@@ -197,6 +197,7 @@ def close_with_reset(connection: socket.socket) -> None:
 # -- one system call each
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_MSG_WAITFORONE = 0x10000
 
 
 class _Iovec(ctypes.Structure):
@@ -217,24 +218,30 @@ class _Message(ctypes.Structure):  # struct mmsghdr, sendmmsg(2)
     )
 
 
-def _one_message(buffer: ctypes.Array) -> _Message:
-    return _Message(iov=ctypes.pointer(_Iovec(ctypes.addressof(buffer), len(buffer))), iov_count=1)
+def _messages(buffers: Sequence[ctypes.Array]) -> ctypes.Array:
+    iovecs = [_Iovec(ctypes.addressof(buffer), len(buffer)) for buffer in buffers]
+    return (_Message * len(buffers))(*(_Message(iov=ctypes.pointer(iovec), iov_count=1) for iovec in iovecs))
 
 
-def _sendmmsg(connection: socket.socket, data: bytes) -> int:
-    buffer = ctypes.create_string_buffer(data, len(data))
-    message = _one_message(buffer)
-    if _libc.sendmmsg(connection.fileno(), ctypes.byref(message), 1, 0) != 1:
+def _sendmmsg(connection: socket.socket, data: bytes, messages: int = 1) -> int:
+    pieces = cut(data, -(-len(data) // messages))
+    buffers = [ctypes.create_string_buffer(piece, len(piece)) for piece in pieces]
+    vector = _messages(buffers)
+    sent = _libc.sendmmsg(connection.fileno(), vector, len(pieces), 0)
+    if sent < 1:
         raise OSError(ctypes.get_errno(), "sendmmsg")
-    return message.length
+    return sum(message.length for message in vector[:sent])
 
 
-def _recvmmsg(connection: socket.socket, length: int) -> bytes:
-    buffer = ctypes.create_string_buffer(length)
-    message = _one_message(buffer)
-    if _libc.recvmmsg(connection.fileno(), ctypes.byref(message), 1, 0, None) != 1:
+def _recvmmsg(connection: socket.socket, length: int, messages: int = 1) -> bytes:
+    sizes = map(len, cut(bytes(length), -(-length // messages)))
+    buffers = [ctypes.create_string_buffer(size) for size in sizes]
+    vector = _messages(buffers)
+    # What is there when the first message has come.
+    received = _libc.recvmmsg(connection.fileno(), vector, len(buffers), _MSG_WAITFORONE, None)
+    if received < 1:
         raise OSError(ctypes.get_errno(), "recvmmsg")
-    return buffer.raw[: message.length]
+    return b"".join(buffer.raw[: message.length] for buffer, message in zip(buffers[:received], vector, strict=False))
 
 
 def cut(data: bytes, size: int) -> list[bytes]:
@@ -269,6 +276,7 @@ SENDING: dict[str, Callable[[socket.socket, bytes], int]] = {
     "sendmsg": lambda connection, data: connection.sendmsg([data]),
     "sendmsg_7": lambda connection, data: connection.sendmsg(cut(data, 7)[:1024]),
     "sendmmsg": _sendmmsg,
+    "sendmmsg_2": lambda connection, data: _sendmmsg(connection, data, 2),
     "writev": lambda connection, data: os.writev(connection.fileno(), [data]),
     "writev_1": lambda connection, data: os.writev(connection.fileno(), cut(data, 1)[:1024]),
     "writev_1_by_200": lambda connection, data: os.writev(connection.fileno(), cut(data, 1)[:200]),
@@ -287,6 +295,7 @@ RECEIVING: dict[str, Callable[[socket.socket, int], bytes]] = {
     "recvmsg": lambda connection, length: connection.recvmsg(length)[0],
     "recvmsg_7": lambda connection, length: _scatter(connection, min(length, 7000), 7, _recvmsg_into),
     "recvmmsg": _recvmmsg,
+    "recvmmsg_2": lambda connection, length: _recvmmsg(connection, length, 2),
     "readv": lambda connection, length: _scatter(connection, length, length, _readv),
     "readv_1": lambda connection, length: _scatter(connection, min(length, 200), 1, _readv),
     "readv_7": lambda connection, length: _scatter(connection, min(length, 7000), 7, _readv),

@@ -48,7 +48,8 @@ def nginx(
 ) -> Server:
     """nginx; further directives are ``extra`` in the server block, ``http`` around it and ``main`` outside of both.
 
-    The access log ``directory/nginx-PORT.log`` has one line per request: status, request time, target.
+    The access log ``directory/nginx-PORT.log`` has one line per request: status, seconds that it took, Unix time of
+    its end, target.
     """
     prefix = directory / f"nginx-{port}"
     prefix.mkdir()
@@ -66,7 +67,7 @@ error_log {prefix}/error.log warn;
 {main}
 events {{ worker_connections 1024; }}
 http {{
-  log_format account '$status $request_time $request_uri';
+  log_format account '$status $request_time $msec $request_uri';
   access_log {directory}/nginx-{port}.log account;
   client_body_temp_path {prefix}/body;
   proxy_temp_path {prefix}/proxy;

@@ -8,13 +8,16 @@ import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from tests.e2e.edge import Edge, duration_ns
-from tests.e2e.harness import curl
+from tests.e2e.edge import Edge, Seen, duration_ns, seen
+from tests.e2e.harness import Process, curl
 from tests.e2e.scripted import (
     LOOPBACK,
+    Peer,
     PeerError,
     Turn,
     accept,
@@ -29,6 +32,7 @@ from tests.e2e.scripted import (
     run_turns,
     send_all,
 )
+from tests.e2e.servers import nginx
 
 MEGABYTE = 1 << 20
 
@@ -264,17 +268,18 @@ def test_streaming_response(edge: Edge, framing: str) -> None:
     before_request_ns, after_request_ns, after_last_ns = edge.client.call(
         _request_slow, edge.port, sum(map(len, pieces))
     )
-    before_last_ns, after_write_ns = edge.server.result()
+    _, before_last_ns, after_write_ns = edge.server.result()
     server, client = edge.expect([("/slow", 200)]).one()
     assert before_last_ns - after_request_ns <= duration_ns(client) <= after_last_ns - before_request_ns
     # The server may not have been scheduled when the request arrived: its span is at most the client's whole wait.
     assert 1_700_000_000 <= duration_ns(server) <= after_write_ns - before_request_ns
 
 
-def _serve_slowly(port: int, head: bytes, pieces: Sequence[bytes]) -> tuple[int, int]:
-    """Returns the time before and after the last write."""
+def _serve_slowly(port: int, head: bytes, pieces: Sequence[bytes]) -> tuple[int, int, int]:
+    """Returns the time when the request is read, and before and after the last write."""
     with listen(port) as listener, accept(listener) as connection:
         receive_head(connection)
+        read_ns = time.monotonic_ns()
         send_all(connection, head)
         for piece in pieces:
             time.sleep(0.25)
@@ -282,7 +287,7 @@ def _serve_slowly(port: int, head: bytes, pieces: Sequence[bytes]) -> tuple[int,
             send_all(connection, piece)
         after_ns = time.monotonic_ns()
         time.sleep(0.3)
-    return before_ns, after_ns
+    return read_ns, before_ns, after_ns
 
 
 def _request_slow(port: int, size: int) -> tuple[int, int, int]:
@@ -296,6 +301,68 @@ def _request_slow(port: int, size: int) -> tuple[int, int, int]:
         last_ns = time.monotonic_ns()
         receive_to_end(connection)
     return before_ns, after_ns, last_ns
+
+
+@pytest.mark.parametrize("proxy", ["nginx", "splice"])
+def test_streaming_response_through_a_proxy(edge: Edge, proxy: str) -> None:
+    """Two seconds of response through a proxy, one that hands on what it reads and one that never reads it: all four
+    spans last from the request to the last byte, though every connection stays open behind it.
+    """
+    port = edge.other_ports[0]
+    head, pieces = response(fields=["Content-Length: 800000"], body=None), [bytes(100_000)] * 8
+    with ExitStack() as stack:
+        if proxy == "nginx":
+            directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            directory.chmod(0o755)
+            passes = f"location / {{ proxy_pass http://127.0.0.1:{edge.port}; proxy_buffering off; }}"
+            server = nginx(port, directory, extra=passes)
+            process = stack.enter_context(Process(server.arguments, log=directory / "output", cwd=server.cwd))
+            process.wait_for_port(port)
+        else:
+            middle = stack.enter_context(Peer())
+            middle.start(_pass_on_by_splice, port, edge.port, 800_000)
+        edge.server.start(_serve_slowly, edge.port, head, pieces)
+        before_request_ns, after_last_ns = edge.client.call(_request_and_stay, port, 800_000)
+        after_request_ns, before_last_ns, _ = edge.server.result()
+        spans = edge.spans(2)
+        assert not edge.dropped()
+        assert {seen(span) for side in spans for span in side} == {Seen("/slow", 200, None)}
+        for side in spans:
+            for span in side:
+                assert span.attributes["http.response.body.size"] == 800_000
+                assert before_last_ns - after_request_ns <= duration_ns(span) <= after_last_ns - before_request_ns
+    edge.assert_forgotten(port)
+
+
+def _pass_on_by_splice(port: int, upstream_port: int, size: int) -> None:
+    with listen(port) as listener, accept(listener) as front, connect(upstream_port) as back:
+        send_all(back, receive_head(front))
+        head = receive_head(back)
+        send_all(front, head)
+        size -= len(head) - head.index(b"\r\n\r\n") - 4
+        reading, writing = os.pipe()
+        while size:
+            moved = os.splice(back.fileno(), writing, min(size, 65536))
+            if not moved:
+                raise EOFError
+            size -= moved
+            while moved:
+                moved -= os.splice(reading, front.fileno(), moved)
+        os.close(reading)
+        os.close(writing)
+        front.recv(1)
+
+
+def _request_and_stay(port: int, size: int) -> tuple[int, int]:
+    """Returns the time before the request and after the last byte."""
+    with connect(port) as connection:
+        before_ns = time.monotonic_ns()
+        send_all(connection, request("/slow"))
+        head = receive_head(connection)
+        receive(connection, size - (len(head) - head.index(b"\r\n\r\n") - 4))
+        last_ns = time.monotonic_ns()
+        time.sleep(0.3)
+    return before_ns, last_ns
 
 
 # -- bytes that never are in the process's memory
@@ -474,3 +541,26 @@ def _request_half_closed(port: int) -> None:
         send_all(connection, request("/half"))
         connection.shutdown(socket.SHUT_WR)
         receive_to_end(connection)
+
+
+def test_half_closed_connections_one_after_the_other(edge: Edge) -> None:
+    """The server's FIN ends the socket before the client has read; the next one may take its place in the kernel."""
+    count = 50
+    edge.server.start(_serve_half_closed_at_once, edge.port, count)
+    edge.client.call(_request_half_closed_again, edge.port, count)
+    edge.server.result()
+    edge.expect([("/half", 200)] * count)
+
+
+def _serve_half_closed_at_once(port: int, count: int) -> None:
+    with listen(port) as listener:
+        for _ in range(count):
+            with accept(listener) as connection:
+                receive_head(connection)
+                receive_to_end(connection)
+                send_all(connection, response())
+
+
+def _request_half_closed_again(port: int, count: int) -> None:
+    for _ in range(count):
+        _request_half_closed(port)

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 
-from tests.collector import Collector
+from tests.collector import CollectedSpan, Collector
 from tests.e2e.edge import Edge, Seen, duration_ns, seen
-from tests.e2e.harness import AgentProcess, free_port
+from tests.e2e.harness import AgentProcess, clean_environment, free_port, wait_until
 from tests.e2e.scripted import (
     Peer,
     PeerError,
@@ -46,17 +48,59 @@ _PART = response(fields=["Content-Length: 1000"], body=None) + b"p" * 100
 """A response of which 900 bytes are missing."""
 
 
-def _outcomes(edge: Edge, server: tuple[int | None, str | None], client: tuple[int | None, str | None]) -> None:
-    """One exchange, linked, with these (status, error.type) of the server's and the client's span."""
+_CLOCK_SLACK_NS = 20_000_000
+"""How far the times of a span may be off against those of a peer: the agent reads the clocks on a busy machine."""
+_APART_SECONDS = 0.15
+"""Between the event that a span begins or ends with and the next one, which would be the wrong one."""
+
+
+class _Times(NamedTuple):
+    """Unix times before and after the system calls that a span begins and ends with."""
+
+    start: tuple[int, int]
+    end: tuple[int, int]
+
+
+def _outcomes(
+    edge: Edge,
+    server: tuple[int | None, str | None],
+    client: tuple[int | None, str | None],
+    server_times: _Times,
+    client_times: _Times,
+) -> None:
+    """One exchange, linked, with these (status, error.type) and these times of the server's and the client's span."""
     server_span, client_span = spans = edge.spans(1).one()
     assert seen(server_span) == Seen(_PATH, *server), edge.agent.state()
     assert seen(client_span) == Seen(_PATH, *client), edge.agent.state()
     for span, (_, error) in zip(spans, (server, client), strict=True):
         assert span.status == ("ERROR" if error else "UNSET")
+    assert client_span.start_time_ns <= server_span.start_time_ns
+    _assert_times(server_span, server_times)
+    _assert_times(client_span, client_times)
     assert not edge.dropped()
 
 
-def _run(edge: Edge, serve: Callable, request: Callable, *args: object) -> tuple[object, object]:
+def _assert_times(span: CollectedSpan, times: _Times) -> None:
+    for name, time_ns, (before_ns, after_ns) in (
+        ("start", span.start_time_ns, times.start),
+        ("end", span.end_time_ns, times.end),
+    ):
+        assert before_ns <= after_ns
+        assert before_ns - _CLOCK_SLACK_NS <= time_ns <= after_ns + _CLOCK_SLACK_NS, (
+            f"{span.kind}: {name} {(time_ns - before_ns) / 1e6:.1f} ms behind the beginning and "
+            f"{(time_ns - after_ns) / 1e6:.1f} ms behind the end of its system call"
+        )
+
+
+def _timed(call: Callable[..., object], *args: object) -> tuple[int, int]:
+    """Call, apart from what was done before, and return the times around it."""
+    time.sleep(_APART_SECONDS)
+    before_ns = time.time_ns()
+    call(*args)
+    return before_ns, time.time_ns()
+
+
+def _run(edge: Edge, serve: Callable, request: Callable, *args: object) -> tuple[Any, Any]:
     edge.server.start(serve, edge.port, *args)
     client = edge.client.call(request, edge.port, *args)
     return edge.server.result(), client
@@ -66,120 +110,135 @@ def _run(edge: Edge, serve: Callable, request: Callable, *args: object) -> tuple
 
 
 def test_client_leaves_before_the_response(edge: Edge) -> None:
-    """A client that closes without waiting: both sides name the client."""
-    _run(edge, _serve_nothing, _request_and_leave)
-    _outcomes(edge, (None, "client_disconnect"), (None, "client_disconnect"))
+    """A client that closes without waiting: both sides name the client, and end with their own close."""
+    _outcomes(
+        edge,
+        (None, "client_disconnect"),
+        (None, "client_disconnect"),
+        *_run(edge, _serve_nothing, _request_and_leave, False),
+    )
 
 
-def _serve_nothing(port: int) -> None:
+def test_client_resets(edge: Edge) -> None:
+    """A client that resets the connection before the response ends the exchange for both."""
+    server, client = _run(edge, _serve_nothing, _request_and_leave, True)
+    _outcomes(
+        edge,
+        (None, "client_disconnect"),
+        (None, "client_disconnect"),
+        server._replace(end=client.end),
+        client,
+    )
+
+
+def _serve_nothing(port: int, reset: bool) -> _Times:
     """Take a request, wait for the client to go, close."""
     with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
+        start = _timed(receive_head, connection)
         try:
             receive_to_end(connection)
         except ConnectionResetError:
-            return
+            if not reset:
+                raise
+        return _Times(start, _timed(connection.close))
 
 
-def _request_and_leave(port: int) -> None:
+def _request_and_leave(port: int, reset: bool) -> _Times:
     with connect(port) as connection:
-        send_all(connection, _REQUEST)
-        time.sleep(0.05)
+        start = _timed(send_all, connection, _REQUEST)
+        time.sleep(2 * _APART_SECONDS)  # the server takes the request in the meantime
+        return _Times(start, _timed(close_with_reset if reset else socket.socket.close, connection))
 
 
 def test_client_leaves_during_the_response(edge: Edge) -> None:
     """A client that closes in the middle of a large response: the server's status stays, with the reason."""
-    _run(edge, _serve_until_refused, _read_a_little)
-    _outcomes(edge, (200, "client_disconnect"), (200, "client_disconnect"))
+    _outcomes(
+        edge,
+        (200, "client_disconnect"),
+        (200, "client_disconnect"),
+        *_run(edge, _serve_until_refused, _read_a_little),
+    )
 
 
-def _serve_until_refused(port: int) -> None:
+def _serve_until_refused(port: int) -> _Times:
     with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
+        start = _timed(receive_head, connection)
         send_all(connection, response(fields=[f"Content-Length: {1 << 30}"], body=None))
         block = bytes(65536)
+        before_ns = time.time_ns()
         try:
             for _ in range((1 << 30) // len(block)):
                 send_all(connection, block, "write")
         except (ConnectionResetError, BrokenPipeError):
-            return
+            end = before_ns, time.time_ns()
+            time.sleep(_APART_SECONDS)
+            return _Times(start, end)
     raise PeerError("everything was taken")
 
 
-def _read_a_little(port: int) -> None:
+def _read_a_little(port: int) -> _Times:
     with connect(port) as connection:
-        send_all(connection, _REQUEST)
-        receive(connection, 100_000)
-
-
-def test_client_resets(edge: Edge) -> None:
-    """A client that resets the connection before the response."""
-    _run(edge, _serve_nothing, _request_and_reset)
-    _outcomes(edge, (None, "client_disconnect"), (None, "client_disconnect"))
-
-
-def _request_and_reset(port: int) -> None:
-    connection = connect(port)
-    send_all(connection, _REQUEST)
-    time.sleep(0.05)
-    close_with_reset(connection)
+        start = _timed(send_all, connection, _REQUEST)
+        time.sleep(2 * _APART_SECONDS)
+        end = _timed(receive, connection, 100_000)
+        time.sleep(_APART_SECONDS)
+        return _Times(start, end)
 
 
 def test_client_resets_during_the_response(edge: Edge) -> None:
-    """A client that resets the connection when it has a part of the response."""
-    _run(edge, _serve_part_and_wait, _take_part_and_reset)
-    _outcomes(edge, (200, "client_disconnect"), (200, "client_disconnect"))
+    """A client that resets the connection when it has a part of the response: both end with the last byte."""
+    _outcomes(
+        edge,
+        (200, "client_disconnect"),
+        (200, "client_disconnect"),
+        *_run(edge, _serve_part_and_wait, _take_part_and_reset),
+    )
 
 
-def _serve_part_and_wait(port: int) -> None:
+def _serve_part_and_wait(port: int) -> _Times:
     with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
-        send_all(connection, _PART)
+        start = _timed(receive_head, connection)
+        end = _timed(send_all, connection, _PART)
         try:
             connection.recv(1)
         except ConnectionResetError:
-            return
+            return _Times(start, end)
     raise PeerError("no reset came")
 
 
-def _take_part_and_reset(port: int) -> None:
+def _take_part_and_reset(port: int) -> _Times:
     connection = connect(port)
-    send_all(connection, _REQUEST)
-    receive(connection, len(_PART))
+    start = _timed(send_all, connection, _REQUEST)
+    time.sleep(3 * _APART_SECONDS)
+    end = _timed(receive, connection, len(_PART))
+    time.sleep(_APART_SECONDS)
     close_with_reset(connection)
+    return _Times(start, end)
 
 
 def test_client_timeout(edge: Edge) -> None:
     """A client that gives up after a while: its span lasts as long as it waited; the server answers in vain."""
-    _, (least_ns, most_ns) = _run(edge, _answer_late, _give_up)
-    server, client = edge.spans(1).one()
-    assert seen(client) == Seen(_PATH, None, "client_disconnect")
-    assert least_ns <= duration_ns(client) <= most_ns
-    # The answer went into the socket before the reset came back: to the server it was a success.
-    assert seen(server) == Seen(_PATH, 200, None)
-    assert duration_ns(server) >= least_ns
+    # The answer goes into the socket before the reset comes back: to the server it is a success.
+    _outcomes(edge, (200, None), (None, "client_disconnect"), *_run(edge, _answer_late, _give_up))
 
 
-def _answer_late(port: int) -> None:
+def _answer_late(port: int) -> _Times:
     with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
+        start = _timed(receive_head, connection)
         if connection.recv(1):  # the client's FIN
             raise PeerError("unexpected bytes")
-        time.sleep(0.1)
-        send_all(connection, response())
+        end = _timed(send_all, connection, response())
+        time.sleep(_APART_SECONDS)
+        return _Times(start, end)
 
 
-def _give_up(port: int) -> tuple[int, int]:
+def _give_up(port: int) -> _Times:
     with connect(port) as connection:
-        before_ns = time.monotonic_ns()
-        send_all(connection, _REQUEST)
-        after_ns = time.monotonic_ns()
-        connection.settimeout(0.3)
-        try:
+        start = _timed(send_all, connection, _REQUEST)
+        connection.settimeout(0.5)
+        with pytest.raises(TimeoutError):
             connection.recv(1)
-        except TimeoutError:
-            gave_up_ns = time.monotonic_ns()
-    return gave_up_ns - after_ns, time.monotonic_ns() - before_ns
+        return _Times(start, _timed(connection.close))
 
 
 # -- the server goes
@@ -187,15 +246,25 @@ def _give_up(port: int) -> tuple[int, int]:
 
 @pytest.mark.parametrize("part", [b"", _PART[:10], _PART], ids=["no_response", "cut_head", "cut_body"])
 def test_server_is_killed(edge: Edge, part: bytes) -> None:
-    """SIGKILL in the middle of a response: it is incomplete on both sides."""
+    """SIGKILL in the middle of a response: it is incomplete on both sides. It ends with its last byte; without one, for
+    the server with its death, and for the client when it closes the connection.
+    """
     with Peer() as server:
         server.call(_serve_part_and_hold_later)
         server.start(_serve_part_and_hold, edge.port, part)
-        edge.client.call(_take_part, edge.port, len(part))
-        server.kill()
-        edge.client.call(_take_end)
+        start, received = edge.client.call(_take_part, edge.port, len(part))
+        killed = _timed(server.kill)
+        closed = edge.client.call(_take_end)
     status = 200 if part == _PART else None
-    _outcomes(edge, (status, "incomplete_response"), (status, "incomplete_response"))
+    # The server's own times are lost with it: those of the client are later than what they are the answer to.
+    sent = start[0], received[1]
+    _outcomes(
+        edge,
+        (status, "incomplete_response"),
+        (status, "incomplete_response"),
+        _Times((start[0], received[1]), sent if part else killed),
+        _Times(start, received if part else closed),
+    )
 
 
 _held: list[socket.socket] = []
@@ -213,53 +282,62 @@ def _serve_part_and_hold(port: int, part: bytes) -> None:
         time.sleep(30)  # until the end of this process
 
 
-def _take_part(port: int, length: int) -> None:
+def _take_part(port: int, length: int) -> tuple[tuple[int, int], tuple[int, int]]:
     connection = connect(port)
     _held.append(connection)
-    send_all(connection, _REQUEST)
-    receive(connection, length)
-    time.sleep(0.1)
+    start = _timed(send_all, connection, _REQUEST)
+    received = _timed(receive, connection, length)
+    time.sleep(_APART_SECONDS)
+    return start, received
 
 
-def _take_end() -> None:
+def _take_end() -> tuple[int, int]:
     with _held.pop() as connection:
         receive_to_end(connection)
+        return _timed(connection.close)
 
 
 @pytest.mark.parametrize("part", [b"", _PART[:10], _PART], ids=["no_response", "cut_head", "cut_body"])
 @pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
 def test_server_closes(edge: Edge, part: bytes, reset: bool) -> None:
-    """A server that closes or resets before the response is whole: incomplete; a reset is named by who suffers it."""
-    _run(edge, _serve_part_and_close, _take_all, part, reset)
+    """A server that closes or resets before the response is whole: incomplete; a reset is named by who suffers it. It
+    ends with its last byte; without one, with the own close or the other's reset.
+    """
+    server, client = _run(edge, _serve_part_and_close, _take_all, part, reset)
     status = 200 if part == _PART else None
     client_error = "connection_reset" if reset else "incomplete_response"
-    _outcomes(edge, (status, "incomplete_response"), (status, client_error))
+    if reset and not part:
+        client = client._replace(end=server.end)
+    _outcomes(edge, (status, "incomplete_response"), (status, client_error), server, client)
 
 
-def _serve_part_and_close(port: int, part: bytes, reset: bool) -> None:
+def _serve_part_and_close(port: int, part: bytes, reset: bool) -> _Times:
     with listen(port) as listener, accept(listener) as connection:
-        receive_head(connection)
-        if part:
-            send_all(connection, part)
-        time.sleep(0.1)  # the client reads what there is; a reset would discard it
-        if reset:
-            close_with_reset(connection)
+        start = _timed(receive_head, connection)
+        sent = _timed(send_all, connection, part)
+        time.sleep(3 * _APART_SECONDS)  # the client reads what there is; a reset would discard it
+        closed = _timed(close_with_reset if reset else socket.socket.close, connection)
+        return _Times(start, sent if part else closed)
 
 
-def _take_all(port: int, part: bytes, reset: bool) -> None:
+def _take_all(port: int, part: bytes, reset: bool) -> _Times:
     with connect(port) as connection:
-        send_all(connection, _REQUEST)
+        start = _timed(send_all, connection, _REQUEST)
+        time.sleep(_APART_SECONDS)
+        received = _timed(receive, connection, len(part))
         try:
             receive_to_end(connection)
         except ConnectionResetError:
             if not reset:
                 raise
+        closed = _timed(connection.close)
+        return _Times(start, received if part else closed)
 
 
 def test_server_closes_a_kept_connection(edge: Edge) -> None:
     """A request that crosses the server's close of an idle connection fails; those before it do not."""
     edge.server.start(_serve_one_and_close, edge.port)
-    edge.client.call(_request_twice, edge.port)
+    second = edge.client.call(_request_twice, edge.port)
     edge.server.result()
     spans = edge.spans(1, 2)
     assert [seen(span) for span in spans.servers] == [Seen("/first", 200, None)]
@@ -268,6 +346,7 @@ def test_server_closes_a_kept_connection(edge: Edge) -> None:
         Seen("/second", None, "connection_reset"),
     ]
     assert spans.servers[0].parent_span_id == spans.clients[0].span_id
+    _assert_times(spans.clients[1], second)
 
 
 def _serve_one_and_close(port: int) -> None:
@@ -275,16 +354,17 @@ def _serve_one_and_close(port: int) -> None:
         serve_turns(connection, [Turn([request("/first")], [response()])])
 
 
-def _request_twice(port: int) -> None:
+def _request_twice(port: int) -> _Times:
     with connect(port) as connection:
         make_turns(connection, [Turn([request("/first")], [response()])])
         if connection.recv(1, socket.MSG_PEEK):
             raise PeerError("unexpected bytes")
-        try:
-            send_all(connection, request("/second"))
+        start = _timed(send_all, connection, request("/second"))
+        with suppress(ConnectionResetError):
             receive_to_end(connection)
-        except ConnectionError:
-            return
+        end = start[0], time.time_ns()
+        time.sleep(_APART_SECONDS)
+        return _Times(start, end)
 
 
 # -- late
@@ -401,9 +481,13 @@ def test_exchange_timeout(tmp_path: Path, collector: Collector) -> None:
     ):
         edge = Edge(agent, collector, server, client)
         edge.begin()
-        server.start(_serve_after, port, 2.5)
-        client.call(_hold, port)
-        _outcomes(edge, (None, "timeout"), (None, "timeout"))  # with the connection open, and nobody heard
+        server.start(_serve_after, port, 3.5)
+        sent = client.call(_hold, port)
+        wait_until(lambda: len(collector.spans()) >= 2, "both ends timed out")
+        # With the connection open, and nobody heard. The look-up that finds an exchange timed out is soon behind it.
+        limit_ns = sent[0] + 1_000_000_000, time.time_ns()
+        times = _Times(sent, limit_ns)
+        _outcomes(edge, (None, "timeout"), (None, "timeout"), times._replace(start=(sent[0], limit_ns[1])), times)
         client.call(_receive_late)
         server.result()
         assert edge.grown("spanloom_kernel_events_total{event=response_alone}") == 2
@@ -424,9 +508,9 @@ def _serve_after(port: int, delay_seconds: float) -> None:
     send_all(connection, response())
 
 
-def _hold(port: int) -> None:
+def _hold(port: int) -> tuple[int, int]:
     _held.append(connect(port))
-    send_all(_held[0], _REQUEST)
+    return _timed(send_all, _held[0], _REQUEST)
 
 
 def _receive_late() -> None:
@@ -442,6 +526,55 @@ def _serve_held(turns: list[Turn]) -> None:
 def _request_held(turns: list[Turn]) -> None:
     with _held.pop() as connection:
         make_turns(connection, turns)
+
+
+def test_pipelined_requests_time_out(tmp_path: Path, collector: Collector) -> None:
+    """Pipelined requests that are never answered time out like others; late answers are theirs, the next one is not."""
+    port = free_port()
+    requests = [request(f"/{index}") for index in range(3)]
+    with (
+        Peer() as server,
+        Peer() as client,
+        AgentProcess(tmp_path, collector, [port], {"limits.exchange_timeout_seconds": 1.0}) as agent,
+    ):
+        edge = Edge(agent, collector, server, client)
+        edge.begin()
+        server.start(_answer_one_and_hold, port, sum(map(len, requests)))
+        client.call(_pipeline_and_hold, port, requests)
+        server.result()
+        spans = edge.spans(3)  # with the connection open
+        for side in spans:
+            assert [seen(span) for span in side] == [
+                Seen("/0", 200, None),
+                Seen("/1", None, "timeout"),
+                Seen("/2", None, "timeout"),
+            ]
+            for span in side[1:]:
+                assert duration_ns(span) >= 1_000_000_000
+        assert agent.books().in_flight == 0
+        edge.begin()
+        late = [Turn([], [response(500)]), Turn([], [response(500)]), Turn([request("/next")], [response(404)])]
+        server.start(_serve_held, late)
+        client.call(_request_held, late)
+        server.result()
+        spans = edge.spans(1)
+        assert [seen(span) for side in spans for span in side] == [Seen("/next", 404, None), Seen("/next", 404, "404")]
+        assert not edge.dropped()
+        edge.assert_forgotten()
+        assert agent.books().in_flight == 0
+
+
+def _answer_one_and_hold(port: int, length: int) -> None:
+    with listen(port) as listener:
+        _held.append(accept(listener))
+    receive(_held[0], length)
+    send_all(_held[0], response())
+
+
+def _pipeline_and_hold(port: int, requests: list[bytes]) -> None:
+    _held.append(connect(port))
+    send_all(_held[0], b"".join(requests))
+    receive(_held[0], len(response()))
 
 
 def test_response_without_a_request(tmp_path: Path, collector: Collector) -> None:
@@ -537,6 +670,56 @@ def test_many_failures_leave_nothing(edge: Edge) -> None:
     spans = edge.spans(200)
     spans.assert_linked()
     assert all(seen(span).error for side in spans for span in side)
+
+
+def test_short_lived_processes_leave_nothing(edge: Edge) -> None:
+    """Two hundred processes of one request each, most of them gone before the agent has looked at them."""
+    count = 200
+    edge.server.start(_serve_each, edge.port, count)
+    script = f"for number in $(seq {count}); do curl -q -sS -o /dev/null http://127.0.0.1:{edge.port}/$number; done"
+    subprocess.run(["sh", "-c", script], env=clean_environment(), check=True, timeout=60)
+    edge.server.result()
+    spans = edge.spans(count)
+    assert len({span.resource["process.pid"] for span in spans.clients}) == count
+
+
+def _serve_each(port: int, count: int) -> None:
+    with listen(port) as listener:
+        for _ in range(count):
+            with accept(listener) as connection:
+                receive_head(connection)
+                send_all(connection, response())
+                receive_to_end(connection)
+
+
+def test_memory_does_not_grow(edge: Edge) -> None:
+    """Thousands of connections, one in two of which fails, take no memory that is not used again for the next ones."""
+
+    def rounds(count: int) -> int:
+        for _ in range(count):
+            edge.begin()
+            edge.server.start(_serve_badly, edge.port, 1000)
+            edge.client.call(_request_badly, edge.port, 1000)
+            edge.server.result()
+            edge.server.start(_serve_each, edge.port, 1000)
+            edge.client.call(_request_each, edge.port, 1000)
+            edge.server.result()
+            edge.spans(2000)
+            edge.assert_forgotten()
+        status = Path(f"/proc/{edge.agent.pid}/status").read_text()
+        return int(status.split("VmRSS:")[1].split()[0])
+
+    before_kb = rounds(2)
+    after_kb = rounds(5)
+    # 20 000 exchanges: 400 bytes of each would be 8 MB.
+    assert after_kb - before_kb < 6000, f"{before_kb} kB, {after_kb} kB"
+
+
+def _request_each(port: int, count: int) -> None:
+    for index in range(count):
+        with connect(port) as connection:
+            send_all(connection, request(f"/{index}"))
+            receive(connection, len(response()))
 
 
 def _serve_badly(port: int, count: int) -> None:

@@ -6,6 +6,9 @@ The server is tests/apiserver.py; the agent runs in its in-cluster mode with a m
 from __future__ import annotations
 
 import json
+import socket
+import threading
+import time
 import uuid
 from pathlib import Path
 
@@ -134,8 +137,39 @@ def test_pods_are_selected(containers, api, in_cluster, serve, public_path: Path
     assert books.closed
 
 
+class Caller:
+    """Asks a server without a pause; each request has a number of its own."""
+
+    def __init__(self, port: int) -> None:
+        self.begun = 0
+        self._port = port
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._call)
+
+    def _call(self) -> None:
+        with socket.create_connection(("127.0.0.1", self._port), timeout=30) as connection:
+            while not self._stop.is_set():
+                self.begun += 1
+                request = f"GET /status/204?number={self.begun} HTTP/1.1\r\nHost: 127.0.0.1:{self._port}\r\n\r\n"
+                connection.sendall(request.encode())
+                assert connection.recv(4096).startswith(b"HTTP/1.1 204")
+                time.sleep(0.001)
+
+    def __enter__(self) -> Caller:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(30)
+
+
 def test_a_change_holds_for_the_first_request(containers, api, in_cluster, serve, public_path: Path, tmp_path: Path):
-    """A pod is taken out of the selection and in again: what comes after `config_applied` is judged by it, at once."""
+    """A pod is taken out of the selection and in again, under traffic: requests are judged by what held in their time.
+
+    Those whose answer came before the change are traced although they are read after it; those that began behind
+    `config_applied` are judged by it, the first one included.
+    """
     port, uid = free_port(), str(uuid.uuid4())
     container = containers(uid)
     api.put(make_pod("cart", "shop", NODE, {"app": container.id}, uid=uid))
@@ -148,16 +182,22 @@ def test_a_change_holds_for_the_first_request(containers, api, in_cluster, serve
     serve(container.wrap(servers.python_threads(port, public_path)), port)
     ask(port)
     served(tracing, port)
-    for number in range(2, 6):
-        change(tracing, file, config(exclude=["shop"]))
+    wanted, unwanted = set(), set()
+    with Caller(port) as caller:
+        time.sleep(0.3)
+        wanted.update(range(1, caller.begun))
         for _ in range(3):
-            ask(port, "/status/404")
-        change(tracing, file, config(include=["*"]))
-        ask(port)
-        assert len(served(tracing, port, number)) == number, tracing.state()
-    tracing.settle()
-    assert len(served(tracing, port)) == 5
-    assert {span.attributes["http.response.status_code"] for span in tracing.spans(port)} == {200}
+            for namespaces, numbers in (({"exclude": ["shop"]}, unwanted), ({"include": ["*"]}, wanted)):
+                change(tracing, file, config(**namespaces))
+                first = caller.begun + 1
+                time.sleep(0.3)
+                numbers.update(range(first, caller.begun))
+    books = tracing.settle()
+    assert books.dropped.keys() <= {"not_selected"}
+    found = {int(str(span.attributes.get("url.query", "number=0")).rpartition("=")[2]) for span in tracing.spans(port)}
+    assert len(wanted) > 50 < len(unwanted)
+    assert not wanted - found, f"{len(wanted - found)} of {len(wanted)} are missing"
+    assert not unwanted & found, f"{len(unwanted & found)} of {len(unwanted)} are there"
 
 
 def test_spans_that_wait_for_their_pod_wait_through_a_change(

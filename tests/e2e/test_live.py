@@ -12,6 +12,7 @@ from pathlib import Path
 
 import yaml
 
+from tests.apiserver import make_certificates
 from tests.collector import Answer, Collector
 from tests.e2e import servers
 from tests.e2e.books import BooksWatcher
@@ -483,3 +484,31 @@ def test_protocols_are_switched_off_and_on(agent, serve, public_path: Path, tmp_
     curl("-o", "/dev/null", f"{url}?number=2")
     wait_until(lambda: _kinds(tracing, 2) == {"SERVER", "CLIENT"}, lambda: tracing.state())
     assert not _kinds(tracing, 1)
+
+
+def test_certificates_are_followed(serve, public_path: Path, tmp_path: Path):
+    """A certificate that is replaced is taken up, for the spans that wait, too; a file without one changes nothing."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    made = {}
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        made[name] = make_certificates(tmp_path / name)
+    authority, certificate, key = made["new"]
+    mounted = tmp_path / "ca.crt"
+    mounted.write_text(made["old"][0])
+    with Collector(tls=(key.read_bytes(), certificate.read_bytes())) as collector:
+        tracing = AgentProcess(tmp_path, collector, [port], {"export.otlp.certificate": str(mounted)})
+        tracing.expects_errors = True
+        with tracing:
+            curl("-o", "/dev/null", f"http://127.0.0.1:{port}/status/200?number=[1-10]")
+            wait_until(lambda: "otlp.export_failing" in tracing.stderr(), lambda: tracing.stderr())
+            mounted.write_text("nonsense")
+            wait_until(lambda: events(tracing, "certificates_refused"), lambda: tracing.stderr())
+            assert collector.span_count == 0
+            mounted.write_text(authority)
+            wait_until(lambda: collector.span_count == 20, lambda: tracing.stderr())
+            assert events(tracing, "certificates_renewed")
+            books = tracing.settle()
+            assert books.closed
+            assert not books.dropped

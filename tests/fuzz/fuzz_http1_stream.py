@@ -56,8 +56,8 @@ def segment(direction: int, data: bytes, offset: int, length: int, time_ns: int)
     )
 
 
-def segments(data: bytes) -> Iterator[Segment]:
-    """Turn an input into segments."""
+def segments(data: bytes) -> Iterator[tuple[Segment, bool]]:
+    """Turn an input into segments, and whether what is outstanding times out behind each."""
     offsets = {1: 0, 2: 0}
     position = number = 0
     while position + 3 <= len(data):
@@ -72,7 +72,7 @@ def segments(data: bytes) -> Iterator[Segment]:
             offset = max(offset - 4, 0)
         total = len(piece) + (16 if control & 2 else 0)
         offsets[direction] = offset + total
-        yield segment(direction, piece, offset, total, number)
+        yield segment(direction, piece, offset, total, number), bool(control & 128)
 
 
 def closing(data: bytes) -> ConnectionClosed | None:
@@ -90,6 +90,7 @@ def check_bounds(connection: PipelinedConnection) -> None:
     """Assert the documented bounds."""
     pairs = connection._pairs
     assert len(pairs) <= http1_stream.OUTSTANDING_REQUESTS
+    assert 0 <= connection._expired <= len(pairs)
     assert sum(len(pair.request.head) for pair in pairs) == connection._head_bytes
     assert connection._head_bytes <= http1_stream.OUTSTANDING_HEAD_BYTES
     for reader in (connection._requests, connection._responses):
@@ -121,10 +122,18 @@ def check(data: bytes) -> int:
     """The entry point for atheris. Returns the number of exchanges."""
     connection = PipelinedConnection()
     count = 0
-    for each in segments(data):
+    for each, expires in segments(data):
         for exchange in connection.feed(each):
             check_exchange(exchange, closed=False)
             count += 1
+        if expires:
+            outstanding = connection.outstanding
+            expired = connection.expire(each.time_ns)
+            assert len(expired) == outstanding
+            assert not connection.outstanding
+            for exchange in expired:
+                check_exchange(exchange, closed=True)
+            count += outstanding
         check_bounds(connection)
     for exchange in connection.close(closing(data)):
         check_exchange(exchange, closed=exchange.end != End.NEXT)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import hashlib
 import itertools
 import json
@@ -31,17 +32,24 @@ from pathlib import Path
 import pytest
 
 from agent import __version__
+from tests.chart.engine import Engine
+from tests.chart.manifests import agent_of, objects_of
 from tests.collector import Collector
 from tests.e2e.harness import Process, free_port, wait_until
+from tests.e2e.test_capabilities import mask
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 PREFIX = "opt/spanloom"
 BUILD_SECONDS = 1200
 COMMIT_TIME_SECONDS = 1_600_000_000
 """Of the copy's only commit, and so of the image; no file of the machine is that old by chance."""
+BUILDAH_CAPABILITIES = (
+    *("CHOWN", "DAC_OVERRIDE", "FOWNER", "FSETID", "KILL", "SETGID", "SETUID", "SETPCAP", "NET_BIND_SERVICE"),
+    *("SYS_CHROOT", "SETFCAP", "AUDIT_WRITE", "MKNOD", "NET_RAW"),
+)
+"""What buildah gives by itself, some of them in older versions."""
 MAX_BYTES = 200_000_000
 """Of the image unpacked; it was 147 MB with a base of 80 MB. A compiler would add several hundred."""
-CAPABILITIES = ("CAP_BPF", "CAP_PERFMON", "CAP_SYS_PTRACE")
 
 TOOLS = re.compile(
     r"(?:.*/)?(?:"
@@ -124,13 +132,17 @@ class Storage:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Image:
-    """A built image with one container of it. ``build_seconds`` is the time of the build alone."""
+    """A built image with one container of it.
+
+    ``build_seconds`` is the time of the build alone. ``capabilities`` are those of a run with privileges.
+    """
 
     storage: Storage
     name: str
     container: str
     root: Path
     build_seconds: float
+    capabilities: tuple[str, ...]
 
     def description(self) -> dict:
         return json.loads(self.storage.call("buildah", "inspect", "--type", "image", f"localhost/{self.name}"))
@@ -138,11 +150,16 @@ class Image:
     def command(self, *arguments: str, privileged: bool = True, flags: tuple[str, ...] = ()) -> tuple[str, ...]:
         """The command line that runs the image's entry point with ``arguments``, or its CMD without any."""
         settings = self.description()["OCIv1"]["config"]
-        capabilities = [f"--cap-add={name}" for name in CAPABILITIES] if privileged else []
+        return self.inside(*settings["Entrypoint"], *(arguments or settings["Cmd"]), privileged=privileged, flags=flags)
+
+    def inside(self, *command: str, privileged: bool = True, flags: tuple[str, ...] = ()) -> tuple[str, ...]:
+        """The command line that runs a command in the container, privileged with the chart's capabilities and no
+        others."""
+        changed = [f"--cap-add=CAP_{name}" for name in self.capabilities]
+        changed += [f"--cap-drop=CAP_{name}" for name in BUILDAH_CAPABILITIES]
         return (
-            *("buildah", "run", "--isolation", "chroot", *capabilities, *flags, self.container, "--"),
-            *settings["Entrypoint"],
-            *(arguments or settings["Cmd"]),
+            *("buildah", "run", "--isolation", "chroot", *(changed if privileged else ()), *flags),
+            *(self.container, "--", *command),
         )
 
     def run(
@@ -229,7 +246,25 @@ def build(storage: Storage, source: Path, name: str, **variables: str) -> Image:
     storage.call(source / "tools/image.sh", name, **variables)
     seconds = time.monotonic() - start
     container = storage.container(name)
-    return Image(storage=storage, name=name, container=container, root=storage.mount(container), build_seconds=seconds)
+    return Image(
+        storage=storage,
+        name=name,
+        container=container,
+        root=storage.mount(container),
+        build_seconds=seconds,
+        capabilities=chart_capabilities(),
+    )
+
+
+@functools.cache
+def chart_capabilities() -> tuple[str, ...]:
+    """What the chart gives the agent that is not privileged."""
+    engine = Engine()
+    try:
+        objects = objects_of(engine.render({"securityContext": {"mode": "capabilities"}}))
+    finally:
+        engine.close()
+    return tuple(agent_of(objects)["securityContext"]["capabilities"]["add"])
 
 
 @pytest.fixture(scope="module")
@@ -255,13 +290,19 @@ def first_tree(image: Image) -> dict[str, Entry]:
 
 
 def test_check_works_in_the_image(image, first_tree):
-    """``spanloom check`` finds everything that ``run`` requires, with three capabilities and nothing more."""
+    """``spanloom check`` finds everything that ``run`` requires, with the chart's capabilities and nothing more."""
     done = image.run("check", "--json")
     document = json.loads(done.stdout)
     assert (done.returncode, document["exit_code"]) == (0, 0), document["verdict"]
     assert document["verdict"] == "works here"
     assert document["version"] == __version__
     assert document["kernel"] == os.uname().release
+
+
+def test_no_capabilities_but_the_charts(image, first_tree):
+    """The tests around this one mean something: the container has what the chart gives, to the bit."""
+    lines = image.storage.call(*image.inside("grep", "-E", "^Cap(Prm|Eff|Bnd)", "/proc/self/status")).splitlines()
+    assert {int(line.split()[1], 16) for line in lines} == {mask(image.capabilities)}
 
 
 def test_the_table_ends_with_works_here(image, first_tree):
@@ -437,6 +478,15 @@ def test_the_whole_package_is_in_the_image(first_tree, source):
     assert missing == [], "add their packages to [tool.setuptools] packages in pyproject.toml"
 
 
+def test_the_python_packages_are_those_of_the_lock(first_tree, source):
+    """Each is in requirements.lock, in that version, and everything that is there was installed."""
+    found = {Path(path).name for path in first_tree if path.endswith(".dist-info")}
+    pairs = {tuple(name.removesuffix(".dist-info").split("-")) for name in found}
+    installed = {(name.lower().replace("_", "-").replace(".", "-"), version) for name, version in pairs}
+    locked = set(re.findall(r"^([a-z0-9-]+)==(\S+)", (source / "requirements.lock").read_text(), re.MULTILINE))
+    assert installed == {*locked, ("spanloom", __version__)}
+
+
 def test_every_module_has_bytecode_that_is_checked_by_hash(image, first_tree):
     """Nothing is compiled at start, and no time of a file decides whether bytecode is used (PEP 552: flags 3)."""
     sources = [path for path in first_tree if path.startswith(f"{PREFIX}/lib/") and path.endswith(".py")]
@@ -491,8 +541,23 @@ def packages(entries: Mapping[str, Entry]) -> set[object]:
     return {entries["var/lib/dpkg/status"]} | {path for path in entries if path.endswith(".dist-info")}
 
 
-def test_two_builds_of_the_same_source_have_the_same_files(storage, source, first_tree, tmp_path):
-    """Another copy with other modes and times, without history, gives the same files of the agent, bit for bit."""
+def test_debian_packages_of_a_time_that_cannot_be_had(storage, source):
+    """A snapshot of Debian's archive is taken or nothing: the build does not go on with what the archive has now."""
+    done = subprocess.run(
+        (source / "tools/image.sh", "spanloom-image-test:none"),
+        env={**storage.environment, "APT_SNAPSHOT": "19700101T000000Z"},
+        capture_output=True,
+        text=True,
+        timeout=BUILD_SECONDS,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "19700101T000000Z/dists/trixie/InRelease" in done.stdout + done.stderr
+
+
+def test_two_builds_of_the_same_source_have_the_same_files(storage, image, source, first_tree, tmp_path):
+    """Another copy with other modes and times, without history, gives the same files of the agent and of all Python
+    packages, bit for bit; and the same layers, unless Debian's packages have changed in between."""
     copy = copy_source(source, tmp_path / "another" / "copy")
     for directory, _, files in os.walk(copy):
         Path(directory).chmod(0o700)
@@ -504,8 +569,7 @@ def test_two_builds_of_the_same_source_have_the_same_files(storage, source, firs
     second_tree = tree(second.root)
 
     def own(entries: Mapping[str, Entry]) -> dict[str, Entry]:
-        pattern = re.compile(rf"{PREFIX}/(?:bin(?:/|$)|pyvenv\.cfg$|lib/[^/]+/site-packages/(?:agent/|spanloom-))")
-        return {path: entry for path, entry in entries.items() if pattern.match(path)}
+        return {path: entry for path, entry in entries.items() if path.startswith(PREFIX)}
 
     assert any(path.endswith(".so") for path in own(first_tree))
     assert any(path.endswith(".bpf.o") for path in own(first_tree))
@@ -515,12 +579,14 @@ def test_two_builds_of_the_same_source_have_the_same_files(storage, source, firs
         if first_tree.get(path) != second_tree.get(path)
     }
     assert different == set()
-    labels = second.description()["OCIv1"]["config"]["Labels"]
+    first_description, description = image.description()["OCIv1"], second.description()["OCIv1"]
+    labels = description["config"]["Labels"]
     assert labels["org.opencontainers.image.revision"] == "unknown"
     # The mirror may have changed between the builds; when it has not, the rest is the same too.
     if packages(first_tree) == packages(second_tree):
         everything = first_tree.keys() | second_tree.keys()
         assert [path for path in sorted(everything) if first_tree.get(path) != second_tree.get(path)] == []
+        assert first_description["rootfs"]["diff_ids"] == description["rootfs"]["diff_ids"]
 
 
 def commands(directory: Path, **scripts: str) -> str:

@@ -52,6 +52,10 @@ class Wire:
     def answer(self, data: bytes, gap: int = 0) -> Wire:
         return self.send(RESPONSE, data, gap)
 
+    def expire(self) -> Wire:
+        self.exchanges += self.connection.expire(self.time_ns)
+        return self
+
     def close(self, end: End | None = End.CLOSED, flags: int = 0) -> Wire:
         record = None if end is None else ConnectionClosed(4, 1, int(end), int(flags), 7, 0, self.time_ns + 5)
         self.exchanges += self.connection.close(record)
@@ -322,6 +326,35 @@ def test_without_a_close_record_the_outstanding_requests_are_lost() -> None:
     assert Wire().ask(get("1")).answer(ok()).close(None).connection.losses.reasons == {}
 
 
+def test_what_waits_for_too_long_is_timed_out_once_and_keeps_its_place() -> None:
+    """Late responses belong to the requests that timed out, and a later request gets its own."""
+    wire = Wire().ask(get("1") + get("2") + get("3")).answer(ok(b"abc") + ok(b"abc")[:-1]).expire()
+    assert wire.calls() == [("/1", 200, True), ("/2", 200, False), ("/3", None, False)]
+    assert [exchange.end for exchange in wire.exchanges] == [End.NEXT, End.TIMED_OUT, End.TIMED_OUT]
+    assert wire.connection.outstanding == wire.connection._head_bytes == 0
+    wire.expire().ask(get("4"))
+    assert wire.connection.outstanding == 1
+    wire.answer(b"c" + ok(status=503)).answer(ok(status=201)).expire().close()
+    assert wire.calls()[3:] == [("/4", 201, True)]
+    assert wire.connection.lost == 0
+
+
+def test_what_timed_out_is_not_lost_again() -> None:
+    """A gap behind the timeout loses only what was asked since."""
+    wire = Wire().ask(get("1") + get("2")).expire().ask(get("3")).answer(ok()[:5], gap=3)
+    assert [path for path, *_ in wire.calls()] == ["/1", "/2"]
+    assert wire.connection.lost == 1
+    wire.close()
+    assert len(wire.exchanges) == 2
+
+
+def test_the_close_does_not_tell_of_what_timed_out() -> None:
+    """It ends what was asked since."""
+    wire = Wire().ask(get("1")).expire().ask(get("2")).close(End.RESET)
+    assert [exchange.end for exchange in wire.exchanges] == [End.TIMED_OUT, End.RESET]
+    assert [path for path, *_ in wire.calls()] == ["/1", "/2"]
+
+
 def test_upgrade_hands_the_connection_over() -> None:
     """Behind 101 nothing is read; requests that were pipelined behind it are lost."""
     wire = Wire().ask(get("ws", fields="Upgrade: websocket\r\n") + get("2"))
@@ -395,7 +428,7 @@ PIECES = st.sampled_from((*REQUESTS, *RESPONSES, b"CONNECT a:1 HTTP/1.1\r\n\r\n"
 STEPS = st.lists(
     st.tuples(
         st.sampled_from((0, 1)),
-        st.sampled_from((0, 0, 0, 0, 2, 4, 8, 16, 32, 48, 112)),
+        st.sampled_from((0, 0, 0, 0, 2, 4, 8, 16, 32, 48, 112, 128)),
         st.lists(PIECES | st.binary(max_size=6), max_size=4).map(b"".join),
         st.integers(0, 30),
     ),

@@ -492,6 +492,38 @@ def test_a_close_ends_the_outstanding_pipelined_requests():
     bench.assert_balanced(in_flight=0)
 
 
+def test_pipelined_requests_that_are_never_answered_expire():
+    """They are timed out when their connection was silent for the limit, once; late responses are no spans."""
+    bench = streamed(Bench(exchange_timeout_ns=1000 * MILLISECOND), segment(1, GET * 3, time_ns=1000 * MILLISECOND))
+    bench.send(segment(2, OK, time_ns=1500 * MILLISECOND))
+    bench.sweep(1499)
+    assert [error for _, error in bench.spans()] == [""]
+    bench.assert_balanced(in_flight=2)
+    bench.sweep(1)
+    assert [error for _, error in bench.spans()] == ["", "timeout", "timeout"]
+    assert bench.pipeline.streams_outstanding == 0
+    bench.assert_balanced(in_flight=0)
+    bench.send(segment(2, OK, offset=len(OK), time_ns=2600 * MILLISECOND))
+    bench.send(segment(1, GET, offset=3 * len(GET), time_ns=2700 * MILLISECOND))
+    bench.assert_balanced(in_flight=1)
+    bench.send(segment(2, OK * 2, offset=2 * len(OK), time_ns=2800 * MILLISECOND))
+    assert [error for _, error in bench.spans()] == ["", "timeout", "timeout", ""]
+    bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 0, 3000 * MILLISECOND)).sweep(10_000)
+    assert len(bench.spans()) == 4
+    bench.assert_balanced(in_flight=0)
+
+
+def test_the_most_silent_pipelined_connections_expire_first():
+    """One that goes on is left alone, however early it began."""
+    bench = Bench(exchange_timeout_ns=1000 * MILLISECOND)
+    for number in (1, 2):
+        streamed(bench, segment(1, GET * 2, connection=number, time_ns=(1000 + number) * MILLISECOND))
+    bench.send(segment(2, OK, connection=1, time_ns=1900 * MILLISECOND))
+    bench.sweep(1100)
+    assert [error for _, error in bench.spans()] == ["", "timeout", "timeout"]
+    bench.assert_balanced(in_flight=1)
+
+
 def test_lost_segments_are_counted_as_exchanges_lost():
     """A gap where framing matters loses what was outstanding, by count."""
     bench = streamed(Bench(), segment(1, GET * 2), segment(2, OK[:10], length=60))
@@ -676,6 +708,15 @@ def test_without_a_protocol_everything_is_dropped():
     bench.assert_balanced(in_flight=0)
 
 
+def test_a_connection_that_is_pipelined_after_an_exchange_that_was_given_up_is_counted():
+    """What ended early has its end told in vain; what follows on the connection is in the books like any other."""
+    bench = Bench(max_pending=1).send(opened(1, connection_id=50), opened(2))
+    assert bench.pipeline.pending == 1
+    bench.send(record(1, connection_id=50, first=False))
+    streamed(bench, segment(1, GET * 2), segment(2, OK * 2))
+    bench.assert_balanced(in_flight=1)
+
+
 # -- books
 
 
@@ -729,6 +770,8 @@ class Machine:
         self.bench = bench
         self.number = 0
         self.open: dict[int, tuple[Exchange, str]] = {}  # connection -> exchange, its last report
+        self.streams: dict[int, list[int]] = {}  # pipelined connection -> bytes of either direction, by direction
+        self.unclosed: set[int] = set()  # connections whose close was lost: real ones have a new id afterwards
 
     def emit(self, one: Exchange, fate: str) -> None:
         """Send a first or later record, or lose it."""
@@ -743,7 +786,7 @@ class Machine:
     def step(self, action: str, connection: int, fate: str) -> None:
         count = self.bench.source.count
         known = self.open.get(connection)
-        if action == "begin" and known is None:
+        if action == "begin" and known is None and connection not in self.streams:
             self.number += 1
             request = MALFORMED if fate == "malformed" else GET
             process = BACK if connection == 3 else FRONT
@@ -772,8 +815,29 @@ class Machine:
                 stream = connection
             self.bench.source.send(*sent)
             self.bench.source.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, stream, 0, 9 * MILLISECOND))
+        elif action == "pipeline":
+            if known is not None or connection in self.unclosed:
+                return
+            if connection not in self.streams:
+                count["begun"] += 1
+                count["streamed"] += 1
+            self.segment(connection, 1, GET * 2, fate)
+        elif action == "answer" and connection in self.streams:
+            self.segment(connection, 2, NOT_STATUS if fate == "malformed" else OK, fate)
+        elif action == "hang up" and connection in self.streams:
+            del self.streams[connection]
+            end = ConnectionClosed(4, 1, int(End.CLOSED), 0, connection, 0, self.bench.now_ms * MILLISECOND)
+            self.bench.source.send(end)
         elif known is not None and action in REPORTS:
             self.report(action, connection, fate, *known)
+
+    def segment(self, connection: int, direction: int, data: bytes, fate: str) -> None:
+        """Send a segment of a connection that stays pipelined, or lose it, unless it is the first to tell of it."""
+        offsets = self.streams.setdefault(connection, [0, 0, 0])
+        if fate != "lost" or not any(offsets):
+            offset, time_ns = offsets[direction], self.bench.now_ms * MILLISECOND
+            self.bench.source.send(segment(direction, data, offset, connection=connection, time_ns=time_ns))
+        offsets[direction] += len(data)
 
     def report(self, action: str, connection: int, fate: str, one: Exchange, reported: str) -> None:
         if action == "wait" and reported:
@@ -786,6 +850,7 @@ class Machine:
                 self.bench.source.send(closed(one.exchange_id, connection=connection))
             else:
                 self.bench.source.count["closes_lost"] += 1
+                self.unclosed.add(connection)
             return
         sent = record(
             one.exchange_id,
@@ -806,7 +871,9 @@ class Machine:
 
 
 ACTIONS = st.tuples(
-    st.sampled_from([*["begin"] * 5, *REPORTS, "end", "cancel", "give up", "stream"]),
+    st.sampled_from(
+        [*["begin"] * 5, *REPORTS, "end", "cancel", "give up", "stream", *["pipeline", "answer"] * 2, "hang up"]
+    ),
     st.integers(1, 4),
     st.sampled_from(["fine"] * 6 + ["lost", "malformed"]),
     st.sampled_from(["", "drain", "sweep"]),
@@ -830,7 +897,9 @@ ACTIONS = st.tuples(
 @given(st.lists(ACTIONS, max_size=60), st.sampled_from([1.0, 0.5, 0.0]), st.sampled_from([2, 1000]))
 def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
     """Whatever the kernel sends or loses, what began is handed over, sampled out, dropped or in flight, exactly."""
-    bench = Bench(ratio=ratio, max_pending=max_pending, include=["nginx"], pending_timeout_ns=10**9)
+    bench = Bench(
+        ratio=ratio, max_pending=max_pending, include=["nginx"], pending_timeout_ns=10**9, exchange_timeout_ns=10**9
+    )
     bench.send(ProcessSeen(*FRONT, 0, 0, 1, "nginx", "nginx"))
     machine = Machine(bench)
     for action, connection, fate, then in actions:
@@ -843,6 +912,8 @@ def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
     bench.send()
     for connection in list(machine.open):
         machine.step("close", connection, "fine")
+    for connection in list(machine.streams):
+        machine.step("hang up", connection, "fine")
     bench.send()
     bench.sweep(10_000).sweep(10_000)
     bench.assert_balanced(in_flight=0)

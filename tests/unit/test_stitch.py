@@ -497,6 +497,23 @@ def test_a_call_that_forwards_a_header_need_not_wait_for_the_answer():
     assert (span.parent_span_id, span.link_method) == (id_bytes(1), "forwarded")
 
 
+@pytest.mark.parametrize("what", ["context", "request_id"])
+def test_candidates_are_kept_for_a_call_that_waits(what):
+    """When it turns out that the thread says nothing, all that could be the cause is still known."""
+    asked = {"carried": INBOUND} if what == "context" else {"request_id": "r"}
+    stitcher = make_stitcher()
+    stitcher.announce(OPEN, call())
+    for number in (5, 6):
+        stitcher.add(*served(number, **asked))
+    stitcher.add(*called(2, thread=1, **asked))
+    for now in range(1200, 5000, 200):
+        stitcher.advance(now * MILLISECOND, now * MILLISECOND)
+    stitcher.add(exchange(1, end_ms=5000, response_tid=9), call())
+    stitcher.advance(5100 * MILLISECOND, 5100 * MILLISECOND)
+    found = {span.span_id: span for span in stitcher.take()}
+    assert (found[id_bytes(2)].parent_span_id, found[id_bytes(2)].link_method) == (b"", "ambiguous")
+
+
 @pytest.mark.parametrize(("is_proven", "parent"), [(True, 1), (False, 0)])
 def test_the_wait_for_an_answer_is_bounded(is_proven, parent):
     """After the limit a process is believed if it has always answered on the thread that had read, and only then."""
