@@ -26,6 +26,7 @@ from tests.chart.engine import Engine
 from tests.chart.manifests import agent_of, objects_of
 from tests.collector import Collector
 from tests.e2e import servers
+from tests.e2e.cluster import NODE, Container
 from tests.e2e.harness import (
     AgentFailedError,
     AgentProcess,
@@ -37,7 +38,6 @@ from tests.e2e.harness import (
     wait_until,
 )
 from tests.e2e.servers import Server
-from tests.e2e.test_kubernetes import NODE, Container
 
 NOBODY = "65534"
 DECLARED = "declared by the process"
