@@ -62,7 +62,9 @@ class Container:
         self.id = secrets.token_hex(32)
         self._root = root or next(path for path in _ROOTS if (path / "cgroup.procs").exists())
         self.path = self._root / LAYOUTS[layout].format(uid=uid, slice=uid.replace("-", "_"), id=self.id)
-        self.path.mkdir(parents=True)
+        while not self.path.exists():
+            with suppress(FileNotFoundError):  # somebody else has just removed an empty one above
+                self.path.mkdir(parents=True)
 
     def enter(self, arguments: list[str | Path]) -> list[str | Path]:
         """The command line that runs ``arguments`` in this container."""
