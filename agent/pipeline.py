@@ -440,6 +440,8 @@ class Pipeline:
         """Ask the protocols in order. The reason of the last one counts, unless a later record may do better."""
         reason = "no_protocol"
         decided = self._decided.get(exchange.tgid)
+        if decided is not None and decided[0] != exchange.process_start_ns:
+            decided = None  # of a later process with the number
         for parse in decided[3] if decided is not None else self._parsers:
             try:
                 return parse(exchange)
