@@ -206,7 +206,8 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 		if (SYSCALL_IS_COMPAT(regs))
 			return 0;
 		on_write_exit(regs, number, moved, bpf_get_current_pid_tgid());
-		if (number == NR_sendmmsg)
+		opaque(regs); /* the number is read again: keeping it would keep apart what the verifier may take as one */
+		if (SYSCALL_NR(regs) == NR_sendmmsg)
 			on_later_messages(regs, moved, true);
 		return 0;
 	case NR_poll:
@@ -281,7 +282,8 @@ int BPF_PROG(on_sys_exit, struct pt_regs *raw_regs, long moved)
 	socket = socket_of_fd(SYSCALL_ARG1(regs), &sock);
 	if (socket)
 		on_transfer(connection_of(sock), process, socket, sock, &transfer, false, false, pid_tgid);
-	if (number == NR_recvmmsg)
+	opaque(regs); /* as above */
+	if (SYSCALL_NR(regs) == NR_recvmmsg)
 		on_later_messages(regs, moved, false);
 	return 0;
 }
