@@ -136,7 +136,7 @@ def test_the_verifier_work_is_below_its_limit(document):
     """Every capture program loads with room to spare on kernels that follow paths less cleverly."""
     counts = {program["name"]: program["verified_instructions"] for program in document["programs"]}
     assert counts
-    assert max(counts.values()) < 1_000_000
+    assert max(counts.values()) < 600_000  # of a million that the kernel allows
 
 
 def test_the_table_says_the_same(document):
