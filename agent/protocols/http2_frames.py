@@ -87,7 +87,7 @@ UNKNOWN_AMOUNT = -1
 
 OnData = Callable[[int, bytes, int, int, int, int], None]
 OnBlock = Callable[[int, int, bytes, int], None]
-OnControl = Callable[[int, int, int, bytes], None]
+OnControl = Callable[[int, int, int, bytes | None], None]
 
 
 class FrameReader:
@@ -97,8 +97,9 @@ class FrameReader:
     captured, without padding; ``gap_bytes`` is UNKNOWN_AMOUNT where the length of the padding was not captured.
     ``on_block(stream, ends, block, start_ns)`` gives a whole header block; ``on_push(block)`` that of a push promise.
     ``on_lost_block(stream, ends, reason)`` reports one of which something is missing.
-    ``on_control(kind, flags, stream, payload)`` gives RST_STREAM, SETTINGS and GOAWAY, of which the payload is empty
-    when something is missing; ``on_preface()`` the connection preface. ``ends`` is not 0 with END_STREAM.
+    ``on_control(kind, flags, stream, payload)`` gives RST_STREAM, SETTINGS and GOAWAY; the payload is None when some
+    of it is missing, and of GOAWAY only the beginning. ``on_preface()`` reports the connection preface. ``ends`` is not
+    0 with END_STREAM.
     """
 
     __slots__ = (
@@ -294,7 +295,8 @@ class FrameReader:
         elif kind in _BLOCK_KINDS:
             self._finish_block_frame()
         elif self._keep or kind == Kind.SETTINGS:
-            payload = b"" if self._damaged else bytes(self._payload)
+            is_cut = self._damaged or (kind == Kind.SETTINGS and self._length > self._keep)
+            payload = None if is_cut else bytes(self._payload)
             self._payload.clear()
             self._on_control(kind, self._flags, self._stream, payload)
 

@@ -15,7 +15,7 @@ _SERVER = int(Role.SERVER)
 _NEXT, _RESET, _TIMED_OUT = int(End.NEXT), int(End.RESET), int(End.TIMED_OUT)
 REFUSED = "REFUSED_STREAM"
 OTHER_ERROR = "_OTHER"
-_ERRORS = (
+ERRORS = (
     "NO_ERROR",
     "PROTOCOL_ERROR",
     "INTERNAL_ERROR",
@@ -78,10 +78,10 @@ UNREAD = Answer(((None, None),), (), (), is_server=True)
 """A header block of a response that could not be read."""
 
 
-def read_error(payload: bytes) -> str:
-    """Return ``error.type`` for the payload of RST_STREAM, which is empty when it was not captured."""
-    code = int.from_bytes(payload, "big") if payload else len(_ERRORS)
-    return _ERRORS[code] if code < len(_ERRORS) else OTHER_ERROR
+def read_error(payload: bytes | None) -> str:
+    """Return ``error.type`` for the payload of RST_STREAM, which is None when it was not captured."""
+    code = int.from_bytes(payload, "big") if payload is not None else len(ERRORS)
+    return ERRORS[code] if code < len(ERRORS) else OTHER_ERROR
 
 
 def call_of(

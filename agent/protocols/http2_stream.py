@@ -180,15 +180,11 @@ class Http2Connection:
 
     def _lose(self, is_request: bool, reason: str) -> None:
         """Framing of a direction is lost: header blocks and settings may have been in what was not read."""
-        reader, fields, others = (
-            (self._requests, self._request_fields, self._response_fields)
-            if is_request
-            else (self._responses, self._response_fields, self._request_fields)
-        )
+        reader, fields = self._direction(is_request)
         self.losses.count(reason if reader.frames else "mid_stream")
         reader.reset(seeking=True)
         fields.forget()
-        self._miss_settings(others, is_request)
+        self._settings(None, is_request=is_request)
         self._lose_streams()
 
     def _lose_streams(self) -> None:
@@ -202,13 +198,13 @@ class Http2Connection:
             if reader.frame_bytes == ANY_FRAME_BYTES:
                 reader.frame_bytes = DEFAULT_FRAME_BYTES
 
-    def _on_request_control(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+    def _on_request_control(self, kind: int, flags: int, stream_id: int, payload: bytes | None) -> None:
         if kind == Kind.RST_STREAM:
             self._reset(stream_id, payload)
         elif kind == Kind.SETTINGS and not flags & ACK:
             self._settings(payload, is_request=True)
 
-    def _on_response_control(self, kind: int, flags: int, stream_id: int, payload: bytes) -> None:
+    def _on_response_control(self, kind: int, flags: int, stream_id: int, payload: bytes | None) -> None:
         if kind == Kind.RST_STREAM:
             self._reset(stream_id, payload)
         elif kind == Kind.GOAWAY:
@@ -216,12 +212,21 @@ class Http2Connection:
         elif kind == Kind.SETTINGS and not flags & ACK:
             self._settings(payload, is_request=False)
 
-    def _settings(self, payload: bytes, *, is_request: bool) -> None:
-        """Settings say what their sender accepts: they hold for the other direction (RFC 9113 section 6.5)."""
-        fields, reader = (
-            (self._response_fields, self._responses) if is_request else (self._request_fields, self._requests)
-        )
-        for position in range(0, len(payload) - 5, 6):
+    def _direction(self, is_request: bool) -> tuple[FrameReader, HeaderDecoder]:
+        if is_request:
+            return self._requests, self._request_fields
+        return self._responses, self._response_fields
+
+    def _settings(self, payload: bytes | None, *, is_request: bool) -> None:
+        """Take settings, None when they were missed: they say what their sender accepts, so they hold for the other
+        direction (RFC 9113 section 6.5).
+        """
+        reader, fields = self._direction(not is_request)
+        if payload is None:
+            fields.allow(None)
+            reader.frame_bytes = ANY_FRAME_BYTES
+            return
+        for position in range(0, len(payload), 6):
             setting = int.from_bytes(payload[position : position + 2], "big")
             value = int.from_bytes(payload[position + 2 : position + 6], "big")
             if setting == _HEADER_TABLE_SIZE:
@@ -231,19 +236,14 @@ class Http2Connection:
                 known = reader.frame_bytes if reader.frame_bytes < ANY_FRAME_BYTES else 0
                 reader.frame_bytes = max(known, value)
 
-    def _miss_settings(self, fields: HeaderDecoder, is_request: bool) -> None:
-        fields.allow(None)
-        reader = self._responses if is_request else self._requests
-        reader.frame_bytes = ANY_FRAME_BYTES
-
-    def _reset(self, stream_id: int, payload: bytes) -> None:
+    def _reset(self, stream_id: int, payload: bytes | None) -> None:
         stream = self._streams.get(stream_id)
         if stream is not None:
             self._end_early(stream_id, stream, read_error(payload))
 
-    def _go_away(self, payload: bytes) -> None:
+    def _go_away(self, payload: bytes | None) -> None:
         """End the streams that the server says it has not looked at and never will (RFC 9113 section 6.8)."""
-        if len(payload) < 4:
+        if payload is None:
             return
         last = int.from_bytes(payload[:4], "big") & 0x7FFF_FFFF
         for stream_id, stream in list(self._streams.items()):
