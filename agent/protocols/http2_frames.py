@@ -53,6 +53,8 @@ END_HEADERS = 0x4
 PADDED = 0x8
 PRIORITIZED = 0x20
 
+_BLOCK_FLAGS = END_HEADERS | PADDED | PRIORITIZED
+
 _ON_STREAM = frozenset((Kind.DATA, Kind.HEADERS, Kind.PRIORITY, Kind.RST_STREAM, Kind.PUSH_PROMISE, Kind.CONTINUATION))
 _ON_CONNECTION = frozenset((Kind.SETTINGS, Kind.PING, Kind.GOAWAY))
 _LENGTHS = {Kind.PRIORITY: 5, Kind.RST_STREAM: 4, Kind.PING: 8, Kind.WINDOW_UPDATE: 4}
@@ -188,19 +190,25 @@ class FrameReader:
             stream &= _STREAM
             start = position + _HEADER_BYTES
             stop = start + length
-            if stop <= end and stream and not self._block_kind and length <= self.frame_bytes:
+            if stop <= end and not self._block_kind and length <= self.frame_bytes:
                 # The short way: a whole frame without anything special about it.
-                if kind == 0:
+                if kind == 0 and stream:
                     if not flags & PADDED:
                         self.frames += 1
                         position = stop
                         self._on_data(stream, data, start, stop, 0, flags & END_STREAM)
                         self._start_ns = time_ns
                         continue
-                elif kind == 1 and flags & END_HEADERS and not flags & (PADDED | PRIORITIZED) and length <= BLOCK_BYTES:
+                elif kind == 1 and stream:
+                    if flags & _BLOCK_FLAGS == END_HEADERS and length <= BLOCK_BYTES:
+                        self.frames += 1
+                        position = stop
+                        self._on_block(stream, flags & END_STREAM, data[start:stop], self._start_ns)
+                        self._start_ns = time_ns
+                        continue
+                elif kind == 8 and length == 4:  # WINDOW_UPDATE
                     self.frames += 1
                     position = stop
-                    self._on_block(stream, flags & END_STREAM, data[start:stop], self._start_ns)
                     self._start_ns = time_ns
                     continue
             self._begin(data[position:start], kind, flags, stream, length)
@@ -278,7 +286,7 @@ class FrameReader:
 
     def _skip_data(self, gap_bytes: int) -> None:
         if self._padding < 0:
-            self._padding = 0
+            self._padding = self._length  # the rest of the frame counts for nothing
             gap_bytes = UNKNOWN_AMOUNT
         elif self._padding:
             gap_bytes -= min(gap_bytes, max(self._padding - self._remaining, 0))

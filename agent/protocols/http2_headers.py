@@ -51,36 +51,45 @@ _FIRST_DYNAMIC_BYTE = 0x80 + _FIRST_DYNAMIC
 _NO_LIMIT = (1 << 32) - 1
 
 
-class _HuffmanSteps(dict[int, tuple[int, bytes, int]]):
-    """Node << 8 | byte -> (next node << 8, symbols, whether the string may end there); at most 65536 entries.
+class _HuffmanNode(dict[int, "tuple[_HuffmanNode, bytes]"]):
+    """A node of the library's table: byte -> (next node, symbols), two of its steps, which go by four bits, in one.
 
-    Two steps of the library's table, which goes by four bits, in one.
+    Filled as needed, with 256 entries in each of 256 nodes at most.
     """
 
-    def __missing__(self, key: int) -> tuple[int, bytes, int]:
-        node, symbols, flags = key >> 8, b"", 0
-        for nibble in (key >> 4 & 15, key & 15):
-            node, flags, symbol = HUFFMAN_TABLE[node * 16 + nibble]
+    __slots__ = ("may_end", "number")
+
+    def __init__(self, number: int) -> None:
+        self.number = number
+        self.may_end = False
+
+    def __missing__(self, byte: int) -> tuple[_HuffmanNode, bytes]:
+        number, symbols, flags = self.number, b"", 0
+        for nibble in (byte >> 4, byte & 15):
+            number, flags, symbol = HUFFMAN_TABLE[number * 16 + nibble]
             if flags & HUFFMAN_FAIL:
                 raise ProtocolError("malformed")
             if flags & HUFFMAN_EMIT_SYMBOL:
                 symbols += bytes((symbol,))
-        step = self[key] = node << 8, symbols, flags & HUFFMAN_COMPLETE
+        node = _HUFFMAN_NODES[number]
+        node.may_end = bool(flags & HUFFMAN_COMPLETE)  # the same by whatever way a node is reached
+        step = self[byte] = node, symbols
         return step
 
 
-_HUFFMAN_STEPS = _HuffmanSteps()
+_HUFFMAN_NODES = [_HuffmanNode(number) for number in range(256)]
+_HUFFMAN_ROOT = _HUFFMAN_NODES[0]
+_HUFFMAN_ROOT.may_end = True
 
 
 def decode_huffman(coded: bytes) -> bytes:
     """Decode a Huffman-coded string (RFC 7541 section 5.2). Raises ProtocolError: malformed."""
-    steps = _HUFFMAN_STEPS
-    node, may_end = 0, 1
+    node = _HUFFMAN_ROOT
     decoded = []
     for byte in coded:
-        node, symbols, may_end = steps[node | byte]
+        node, symbols = node[byte]
         decoded.append(symbols)
-    if not may_end:
+    if not node.may_end:
         raise ProtocolError("malformed")
     return b"".join(decoded)
 
@@ -172,6 +181,8 @@ class HeaderDecoder:
     def _decode(self, block: bytes) -> list[Field]:
         fields: list[Field] = []
         entries = self._entries
+        known = len(entries)
+        huffman_value = self._huffman.value
         position, end = 0, len(block)
         while position < end:
             byte = block[position]
@@ -186,7 +197,7 @@ class HeaderDecoder:
                 else:
                     index, position = _integer(block, position, 7)
                     index -= _FIRST_DYNAMIC
-                fields.append(entries[index] if index < len(entries) else UNKNOWN)
+                fields.append(entries[index] if index < known else UNKNOWN)
                 continue
             if byte & 0x40:
                 mask, bits = 0x3F, 6
@@ -195,6 +206,7 @@ class HeaderDecoder:
                     raise ProtocolError("malformed")
                 size, position = _integer(block, position, 5)
                 self._resize(size)
+                known = len(entries)
                 continue
             else:
                 mask, bits = 0x0F, 4
@@ -206,17 +218,18 @@ class HeaderDecoder:
             name: bytes | None
             if index > _STATIC_FIELDS:
                 index -= _FIRST_DYNAMIC
-                name = entries[index][0] if index < len(entries) else None
+                name = entries[index][0] if index < known else None
             elif index:
                 name = _STATIC_NAMES[index]
             else:
                 coded, is_huffman, position = _string(block, position)
                 name = self._huffman.names[coded] if is_huffman else coded
             coded, is_huffman, position = _string(block, position)
-            field = (name, self._huffman.value(name, coded) if is_huffman else coded)
+            field = (name, huffman_value(name, coded) if is_huffman else coded)
             fields.append(field)
             if byte & 0x40:
                 self._insert(field)
+                known = len(entries)
         return fields
 
     def _insert(self, field: Field) -> None:

@@ -123,6 +123,8 @@ class Http2Connection:
                 reader.next_offset += len(data)
             if reader.is_seeking or not reader.frames:
                 self._synchronise(reader, is_request, data)
+                if reader.is_seeking and (data or after > 0):
+                    self._lose_streams()  # what was just passed over may have been theirs
             reader.feed(data, segment.time_ns)
             if after > 0:
                 reader.skip(after)
@@ -157,6 +159,8 @@ class Http2Connection:
 
     def _skip(self, reader: FrameReader, gap_bytes: int) -> None:
         """Leave out lost segments; what follows them may begin at a frame all the same."""
+        if reader.is_seeking:
+            self._lose_streams()  # those of requests that were read meanwhile
         try:
             reader.skip(gap_bytes)
         except LostError as loss:

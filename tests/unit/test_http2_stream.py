@@ -391,6 +391,23 @@ def test_a_gap_between_frames_loses_what_is_open(direction) -> None:
     assert observed.only()[2]["url.path"] == "/c"
 
 
+@pytest.mark.parametrize("way", ["lost", "cut", "passed over"])
+def test_requests_are_lost_when_their_responses_may_have_been(way) -> None:
+    """A direction that is lost misses more: what is left of a response must not be taken for all of it."""
+    made, observed = opened("/a")
+    observed.see(RESPONSE, raw(4, 0, 0, b"")).see(RESPONSE, b"", gap=50)
+    observed.see(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"))
+    assert observed.connection.outstanding == 1
+    response = made.headers(RESPONSE, 3, OK) + raw(0, 0, 3, b"body")
+    if way == "cut":
+        observed.see(RESPONSE, b"", gap=len(response))
+    elif way == "passed over":
+        observed.see(RESPONSE, b"\xff" + response)
+    trailers = made.headers(RESPONSE, 3, [("x-sum", "1")], "END_STREAM")
+    observed.see(RESPONSE, trailers, before=len(response) if way == "lost" else 0)
+    assert (observed.results, observed.connection.lost, observed.connection.outstanding) == ([], 2, 0)
+
+
 def test_a_lost_segment_is_a_gap_in_front_of_the_next() -> None:
     """The segment behind it may begin with a frame at once."""
     made, observed = opened("/a")
@@ -450,8 +467,10 @@ def test_a_gap_over_the_length_of_padding() -> None:
     """Then nobody knows how many bytes were data: no size is stated, and messages are not counted."""
     made, observed = opened("/a")
     frame = raw(0, 0x9, 1, b"\4abc" + bytes(4))
-    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK) + frame[:9], gap=8)
-    assert "http.response.body.size" not in observed.only()[2]
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK) + frame[:9], gap=3).see(RESPONSE, frame[-5:])
+    exchange, _, values = observed.only()
+    assert exchange.response_bytes == 0
+    assert "http.response.body.size" not in values
 
 
 def test_bytes_that_were_seen_before_are_counted_and_ignored() -> None:
