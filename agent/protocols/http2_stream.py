@@ -89,6 +89,12 @@ class Http2Connection:
             on_control=self._on_response_control,
         )
 
+    def use(self, protocol: Http2) -> None:
+        """Read what comes from now on by other settings."""
+        self.protocol = protocol
+        self._request_fields.repeats.clear()
+        self._response_fields.repeats.clear()
+
     @property
     def outstanding(self) -> int:
         """Requests seen and neither handed out nor lost."""

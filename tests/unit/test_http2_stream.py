@@ -11,7 +11,9 @@ from hyperframe.frame import DataFrame, HeadersFrame, PushPromiseFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.propagation import FORMATS, Extractor
 from agent.protocols import http2_frames, http2_stream
+from agent.protocols.http2 import Http2
 from tests.unit.http2_traffic import (
     CLIENT,
     GRPC_OK,
@@ -606,6 +608,20 @@ def test_upgraded_connections_begin_with_a_response() -> None:
     assert (observed.losses.unmatched_responses, observed.losses.reasons) == (1, {})
 
 
+def test_other_settings_hold_for_what_comes_next() -> None:
+    """A block that repeats is read again; what is open keeps what was read."""
+    made = Raw()
+    headers = get("/u/7")
+    observed = Observed().see(REQUEST, PREFACE)
+    for stream in (1, 3):
+        observed.see(REQUEST, made.headers(REQUEST, stream, headers, "END_STREAM"))
+    observed.connection.use(Http2(extractor=Extractor(FORMATS), route_patterns=["/u/{id}"]))
+    observed.see(REQUEST, made.headers(REQUEST, 5, headers, "END_STREAM"))
+    for stream in (1, 3, 5):
+        observed.see(RESPONSE, made.headers(RESPONSE, stream, OK, "END_STREAM"))
+    assert [call.name for call in observed.calls] == ["GET", "GET", "GET /u/{id}"]
+
+
 # ---- Times
 
 
@@ -691,6 +707,36 @@ def test_rapid_resets_leave_nothing_behind() -> None:
         )
     assert len(observed.results) == 3000
     assert observed.connection.outstanding == observed.connection.lost == 0
+
+
+@pytest.mark.parametrize(
+    ("data", "likely"),
+    [
+        (raw(1, 5, 1, b"\x82"), True),
+        (raw(0, 1, 5, b"abc") + raw(8, 0, 0, bytes(4)), True),
+        (raw(0, 1, 5, b"abc")[:10], True),  # the rest of the frame comes later
+        (raw(0, 1, 5, b"abc") + b"\0\0", True),  # and of the next header
+        (raw(0, 1, 5, b"abc") + raw(0x60, 0, 0, b"new"), True),
+        (b"", False),
+        (raw(1, 5, 1, b"")[:8], False),
+        (bytes(40), False),
+        (b"GET / HTTP/1.1\r\n\r\n", False),
+        (message(300), False),  # of gRPC
+        (message(5) * 3, False),
+        (b'{"a": 1, "b": 2}', False),
+        (raw(9, 4, 1, b"\x82"), False),
+        (raw(0x60, 0, 0, b"new"), False),
+        (raw(1, 0x80 | 5, 1, b"\x82"), False),
+        (raw(0, 1, 0x80000001, b"abc"), False),
+        (raw(0, 1, 500_001, b"abc"), False),
+        (raw(0, 1, 5, bytes(17000)), False),
+        (raw(0, 1, 5, b"abc") + b"no frame", True),  # too short to tell
+        (raw(0, 1, 5, b"abc") + b"no frame at all", False),
+    ],
+)
+def test_what_is_taken_for_the_beginning_of_a_frame(data, likely) -> None:
+    """Reading starts again only at bytes that hardly anything else begins with."""
+    assert http2_frames.begins_with_frames(data, 16384, 99) is likely
 
 
 def test_frames_that_h2_writes_are_those_of_the_raw_builder() -> None:
