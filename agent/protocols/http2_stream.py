@@ -15,8 +15,6 @@ Bounds per connection: 1024 open streams, for each direction 64 KiB of a header 
 
 from __future__ import annotations
 
-from random import getrandbits
-
 import msgspec
 
 from agent.errors import ProtocolError
@@ -37,16 +35,14 @@ from agent.protocols.http2_frames import (
     begins_with_preface,
 )
 from agent.protocols.http2_headers import BLOCK_REPEATS, HeaderDecoder
-from agent.protocols.http2_outcome import REFUSED, UNREAD, Side, Stream, call_of, read_error
+from agent.protocols.http2_outcome import REFUSED, UNREAD, Side, Stream, call_of, exchange_of, read_error
 
 OPEN_STREAMS = 1024
 """Requests beyond are lost: "too_many"."""
 
 _DIRECTION_REQUEST = 1
-_FIRST, _INTERIM, _PEER_CLOSED = int(Flag.FIRST), int(Flag.INTERIM), int(Flag.PEER_CLOSED)
+_INTERIM, _PEER_CLOSED = int(Flag.INTERIM), int(Flag.PEER_CLOSED)
 _NEXT, _RESET, _HANDED_OVER, _TIMED_OUT = int(End.NEXT), int(End.RESET), int(End.HANDED_OVER), int(End.TIMED_OUT)
-_NO_TAIL = bytes(8)
-_NO_SIDE = Side(0, 0, 0, None)
 _HEADER_TABLE_SIZE, _MAX_FRAME_SIZE = 1, 5
 _FRAME_HEADER_BYTES = 9
 
@@ -418,33 +414,6 @@ class Http2Connection:
         segment = self._segment
         if segment is None:  # streams come from segments
             return
-        request, response = stream.request, stream.response or _NO_SIDE
-        exchange = Exchange(
-            segment.role,
-            end,
-            _FIRST | stream.interim,
-            getrandbits(64) or 1,
-            0,  # parent_id
-            0,  # peer_id
-            segment.connection_id,
-            segment.process_start_ns,
-            request.start_ns,
-            request.end_ns,
-            response.start_ns,
-            response.end_ns,
-            end_ns,
-            request.body_bytes,
-            response.body_bytes,
-            segment.tgid,
-            request.tid,
-            response.tid,
-            segment.remote_port,
-            0,  # request_captured
-            0,  # response_captured
-            segment.remote_address,
-            _NO_TAIL,
-            b"",
-            b"",
-        )
+        exchange = exchange_of(segment, stream, end, end_ns)
         call = call_of(self.protocol, stream, self._role, self._peer, end, cause, end_ns)
         self._ready.append((exchange, call))

@@ -144,6 +144,18 @@ def test_a_larger_table_is_allowed_by_the_other_side_only() -> None:
         begun().decode(grown)
 
 
+def test_what_came_before_the_preface_stays() -> None:
+    """After an upgrade the server may answer, with a table that it has been allowed, before the preface comes."""
+    encoder, early = Encoder(), decoder()
+    early.allow(8192)
+    encoder.header_table_size = 8192
+    sent = [(b"x-a", b"v" * 3000), (b"x-b", b"v" * 3000)]
+    early.decode(encoder.encode(sent))
+    early.begin()
+    early.decode(encoder.encode([(b"x-c", b"1")]))
+    assert early.decode(encoder.encode(sent)) == sent
+
+
 def test_a_table_is_kept_up_to_the_bound_and_the_rest_is_unknown() -> None:
     """A peer that may use a megabyte gets 16 KiB of memory; what lies beyond is unknown, not wrong, and counted."""
     encoder, ours = Encoder(), begun()

@@ -465,6 +465,48 @@ def test_a_gap_in_settings_is_taken_for_the_worst() -> None:
     assert observed.losses.reasons == {}
 
 
+def test_a_lost_response_block_is_not_in_the_table() -> None:
+    """What it added is unknown: later blocks do not get the fields of others."""
+    made, observed = opened("/a", "/b", "/c")
+    observed.connection.use(Http2(extractor=Extractor(FORMATS), response_headers=["x-a"]))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, [*OK, ("x-a", "1")], "END_STREAM"))
+    block = made.headers(RESPONSE, 3, [*OK, ("x-a", "2")], "END_STREAM")
+    observed.see(RESPONSE, block[:9], gap=len(block) - 9)
+    observed.see(RESPONSE, made.headers(RESPONSE, 5, [*OK, ("x-a", "2")], "END_STREAM"))
+    assert [value.get("http.response.header.x-a") for value in observed.values] == [("1",), None, None]
+
+
+def test_settings_in_a_gap_may_have_allowed_anything() -> None:
+    """Framing of the responses is lost, and with it perhaps the server's settings."""
+    made, observed = opened()
+    observed.see(RESPONSE, raw(4, 0, 0, b"")).see(RESPONSE, b"", gap=100)
+    made.encoders[REQUEST].header_table_size = 9000
+    observed.see(REQUEST, made.headers(REQUEST, 1, get("/a")) + raw(0, 1, 1, bytes(17000)))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    assert observed.only()[2]["http.request.body.size"] == 17000
+
+
+def test_more_settings_than_are_read() -> None:
+    """A kilobyte of them is read; what lies behind may have allowed anything."""
+    made, observed = opened()
+    observed.see(RESPONSE, raw(4, 0, 0, b"\0\x99\0\0\0\0" * 200))
+    made.encoders[REQUEST].header_table_size = 9000
+    observed.see(REQUEST, made.headers(REQUEST, 1, get("/a"), "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    assert observed.only()[2]["url.path"] == "/a"
+
+
+def test_an_answer_before_the_end_of_the_request_leaves_its_messages_open() -> None:
+    """Whether more was sent is not known; the answer is whole all the same."""
+    made = Raw()
+    observed = Observed().see(REQUEST, PREFACE + made.headers(REQUEST, 1, grpc()) + raw(0, 0, 1, message(1)))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, [*GRPC_OK, ("grpc-status", "0")], "END_STREAM"))
+    _, call, values = observed.only()
+    assert (call.complete, values["rpc.response.status_code"]) == (True, "OK")
+    assert "spanloom.rpc.request.messages" not in values
+    assert values["spanloom.rpc.response.messages"] == 0
+
+
 def test_a_gap_over_the_length_of_padding() -> None:
     """Then nobody knows how many bytes were data: no size is stated, and messages are not counted."""
     made, observed = opened("/a")
@@ -506,8 +548,9 @@ def test_bytes_that_were_seen_before_are_counted_and_ignored() -> None:
         raw(1, 12, 3, b"\xff123"),
         raw(1, 0x24, 3, b"1234"),  # no room for the priority
         raw(0xFE, 0, 0, bytes(17000)),  # larger than was agreed
+        raw(0, 0, 1, bytes(17000)),
     ],
-    ids=range(15),
+    ids=range(16),
 )
 def test_a_malformed_frame_loses_the_connections_state(frame) -> None:
     """An endpoint would close the connection (RFC 9113 section 5.4.1); here it is lost, counted, and read again."""
