@@ -174,8 +174,8 @@ class TraceContext(msgspec.Struct, frozen=True, gc=False):
 
     ``trace_id`` is 16 bytes, never all zero. ``span_id`` is 8 bytes, never all zero, or None where the format allows a
     trace without a parent (X-Ray). ``sampled`` is None when the sender left the decision open. ``trace_state`` is the
-    verbatim W3C value or an empty string. ``format`` is the configuration name: tracecontext, b3, b3multi, jaeger,
-    xray or datadog.
+    verbatim W3C value or an empty string. ``format`` is the configuration name: tracecontext, grpc, b3, b3multi,
+    jaeger, xray or datadog.
     """
 
     trace_id: bytes

@@ -1,20 +1,20 @@
-"""Reads the trace context out of a request's headers, in any of six propagation formats.
+"""Reads the trace context out of a request's headers, in any of seven propagation formats.
 
 In: lower-case header names with their raw values. Out: ``TraceContext`` records. This module never raises because of
 what a header holds: a malformed header is counted and treated as absent. It never reads a clock, a socket or the
 configuration, never writes a header, and knows nothing of ``x-request-id``, which is no trace context.
 
-Sources: W3C Trace Context Level 2 (sections 3.2, 3.3), openzipkin/b3-propagation (Http Encodings), Jaeger "Propagation
-Format", AWS X-Ray "Tracing header", Datadog "Propagating trace context". Where they allow a choice the stricter reading
-is taken: a wrong parent is worse than a missing one. All formats stand in this one module, each with its own section,
-because they share the rules for ids and for repeated headers.
+Sources: W3C Trace Context Level 2 (sections 3.2, 3.3), OpenCensus BinaryEncoding, openzipkin/b3-propagation (Http
+Encodings), Jaeger "Propagation Format", AWS X-Ray "Tracing header", Datadog "Propagating trace context". Where they
+allow a choice the stricter reading is taken: a wrong parent is worse than a missing one. All formats stand in this
+one module, each with its own section, because they share the rules for ids and for repeated headers.
 """
 
 from __future__ import annotations
 
 import re
 from binascii import Error as NotHexError
-from binascii import unhexlify
+from binascii import a2b_base64, unhexlify
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
@@ -42,6 +42,9 @@ _UPPER_HEX_SPOILED = bytes.maketrans(b"ABCDEF", b"??????")
 _TRACE_STATE_MEMBER = re.compile(
     rb"[a-z0-9][a-z0-9_\-*/@]{0,255}=[\x20-\x2b\x2d-\x3c\x3e-\x7e]{0,255}[\x21-\x2b\x2d-\x3c\x3e-\x7e]"
 ).fullmatch
+_BASE64 = re.compile(rb"[A-Za-z0-9+/]{1,256}={0,2}").fullmatch
+_GRPC_FIELD_BYTES = {0: 16, 1: 8, 2: 1}
+"""Trace id, span id and options by their field number."""
 _B3_STATES = {b"0": False, b"1": True, b"d": True}
 _B3_SAMPLED = {b"0": False, b"1": True, b"false": False, b"true": True}
 _XRAY_FIELDS = frozenset((b"Root", b"Parent", b"Sampled"))
@@ -304,6 +307,47 @@ def _trace_state(value: bytes) -> str | None:
     return value.decode("ascii") if keys else ""
 
 
+# ---- gRPC
+
+
+def _read_grpc(headers: _Headers, malformed: dict[str, int]) -> TraceContext | None:
+    """Read ``grpc-trace-bin``: OpenCensus's binary encoding, as a binary metadata value of gRPC.
+
+    That is base64 with or without padding, several values joined by commas; behind a zero byte it is not coded at all
+    (gRFC G1). Fields may stand in any order and end at the first unknown one. Without the sampled bit the sender left
+    the decision open (OpenCensus, Trace-options).
+    """
+    value = _only(headers, b"grpc-trace-bin")
+    if value is None:
+        return None
+    if value[:1] == b"\0":
+        value = value[1:]
+    else:
+        try:
+            # With more padding than needed it decodes all the same; anything but the alphabet is refused.
+            value = a2b_base64(value.rstrip(b"=") + b"==") if _BASE64(value) else b""
+        except NotHexError:
+            value = b""
+    fields: dict[int, bytes] = {}
+    position = 1
+    while position < len(value) and value[0] == 0:
+        size = _GRPC_FIELD_BYTES.get(value[position])
+        if size is None:
+            break
+        field = value[position + 1 : position + 1 + size]
+        if len(field) < size or value[position] in fields:
+            fields.clear()
+            break
+        fields[value[position]] = field
+        position += 1 + size
+    trace_id = fields.get(0, _ZERO_TRACE_ID)
+    span_id = fields.get(1, _ZERO_SPAN_ID)
+    if trace_id == _ZERO_TRACE_ID or span_id == _ZERO_SPAN_ID:
+        malformed["grpc"] += 1
+        return None
+    return TraceContext(trace_id, span_id, True if fields.get(2, b"\0")[0] & 1 else None, "", "grpc")
+
+
 # ---- B3
 
 
@@ -482,6 +526,7 @@ def _unsigned64(digits: bytes) -> bytes | None:
 _NO_FORMAT: tuple[frozenset[bytes], _Reader] = (frozenset(), lambda headers, malformed: None)
 _FORMATS: dict[str, tuple[frozenset[bytes], _Reader]] = {
     "tracecontext": (frozenset((b"traceparent", b"tracestate")), _read_tracecontext),
+    "grpc": (frozenset((b"grpc-trace-bin",)), _read_grpc),
     "b3": (frozenset((b"b3",)), _read_b3),
     "b3multi": (
         frozenset((b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled", b"x-b3-flags")),

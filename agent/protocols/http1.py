@@ -12,22 +12,23 @@ by value). Every memo is bounded and emptied when full, so hostile variety costs
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
-from socket import AF_INET, AF_INET6, inet_ntop
-from typing import Protocol
+from typing import Any
 
-from agent import redaction, routes
 from agent.errors import ProtocolError
 from agent.model import AttributeGroup, Attributes, Call, End, Exchange, Flag, Role, TraceContext
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
 from agent.protocols.http1_outcome import METHOD_MEANING, OVERLAPPED, failure, is_whole
 from agent.protocols.http1_syntax import Framing
-
-KNOWN_METHODS = frozenset(
-    (b"GET", b"HEAD", b"POST", b"PUT", b"DELETE", b"CONNECT", b"OPTIONS", b"TRACE", b"PATCH", b"QUERY")
+from agent.protocols.http_semantics import (
+    PEER_NAMES,
+    REQUEST_ID_BYTES,
+    Extractor,
+    Fields,
+    HttpProtocol,
+    captured,
+    merge,
 )
-"""``http.request.method`` values of the semantic conventions; another method is ``_OTHER``."""
 
 MEMO_TARGETS = 4096
 MEMO_TARGET_BYTES = 512
@@ -35,9 +36,6 @@ MEMO_TARGET_BYTES = 512
 MEMO_HEADS = 1024
 MEMO_HEAD_BYTES = 768
 """Longer response heads are read each time: at most about 1.5 MB per role."""
-MEMO_PEERS = 4096
-REQUEST_ID_BYTES = 128
-"""A longer x-request-id is cut: it is a key for joining, not data."""
 
 _SERVER = int(Role.SERVER)
 _QUIET, _NEXT, _HANDED_OVER = int(End.QUIET), int(End.NEXT), int(End.HANDED_OVER)
@@ -45,13 +43,6 @@ _FOREIGN = int(Flag.FOREIGN)
 _REQUEST_CUT = int(Flag.REQUEST_TRUNCATED | Flag.REQUEST_GAP)
 _LENGTH, _UNKNOWN = Framing.LENGTH, Framing.UNKNOWN
 
-_DEFAULT_PORTS = {"https": 443, "wss": 443}
-PEER_NAMES = ("service.peer.name", "service.peer.namespace", "spanloom.peer.pod.name")
-"""What a called peer is named by; different peers may answer the same request."""
-_URL_HEADERS = frozenset((b"referer", b"location", b"content-location"))
-"""Captured values of these are URLs and redacted as such."""
-
-_Fields = dict[bytes, bytes | list[bytes]]
 _Target = tuple[Attributes, str, int]
 """Attributes that the request line and Host decide, the span name, and 0, or HEAD or CONNECT of http1_outcome."""
 _Answer = tuple[int, Framing, int, Attributes, bool]
@@ -67,56 +58,14 @@ _TRACEPARENT_BYTES = 52
 """What differs from request to request: trace id, parent id and flags behind the version."""
 
 
-class _Extractor(Protocol):
-    """What is needed of ``agent.propagation.Extractor``."""
-
-    header_names: frozenset[bytes]
-    malformed: dict[str, int]
-
-    def context_behind_version(self, value: bytes, trace_state: str) -> TraceContext | None: ...
-
-    def extract(
-        self, headers: Mapping[bytes, bytes | list[bytes]], malformed: dict[str, int]
-    ) -> tuple[TraceContext | None, tuple[TraceContext, ...]]: ...
-
-    def decision(self, headers: Mapping[bytes, bytes | list[bytes]]) -> bool | None: ...
-
-
-class Http1:
+class Http1(HttpProtocol):
     """Parses records of HTTP/1.x exchanges; keeps nothing of an exchange but memos of repeated text."""
 
     name = "http1"
 
-    def __init__(
-        self,
-        *,
-        extractor: _Extractor,
-        request_headers: Iterable[str] = (),
-        response_headers: Iterable[str] = (),
-        allow_secret_headers: bool = False,
-        redact_query_keys: Iterable[str] = redaction.DEFAULT_QUERY_KEYS,
-        route_patterns: Iterable[str] = (),
-        guess_routes: bool = False,
-        names_of_peer: Callable[[bytes, int], Attributes] = lambda address, port: (),
-    ) -> None:
-        """Take the headers to capture and the rules for URLs. Raises ConfigError for a malformed route pattern.
-
-        ``names_of_peer(address, port)`` has the attributes that name a called peer; they are remembered until
-        ``forget_peers``.
-
-        Header names that carry credentials are left out unless ``allow_secret_headers``; ``refused_headers`` has them.
-        """
-        captured_request, refused_request = redaction.split_headers(request_headers, allow_secret=allow_secret_headers)
-        captured_response, refused = redaction.split_headers(response_headers, allow_secret=allow_secret_headers)
-        self.refused_headers: tuple[str, ...] = tuple(dict.fromkeys(refused_request + refused))
-        self._request_captures = _captures("http.request.header.", captured_request)
-        self._response_captures = _captures("http.response.header.", captured_response)
-        self._redactor = redaction.QueryRedactor(redact_query_keys)
-        self._routes = routes.Routes(route_patterns)
-        self._guess_routes = guess_routes
-        self._extract = extractor.extract
-        self._decision = extractor.decision
-        self._context_names = extractor.header_names
+    def __init__(self, *, extractor: Extractor, **settings: Any) -> None:
+        """Take the settings of ``HttpProtocol``. Raises ConfigError for a malformed route pattern."""
+        super().__init__(extractor=extractor, **settings)
         self._malformed = extractor.malformed
         self._malformed_here: defaultdict[str, int] = defaultdict(int)  # of the record at hand
 
@@ -132,13 +81,6 @@ class Http1:
         self._client_answers: dict[bytes, _Answer] = {}
         self._agents = Memo(lambda value: (("user_agent.original", syntax.text(value)),), MEMO_TARGETS)
         self._statuses = Memo(syntax.read_status_line, MEMO_HEADS)
-        self._hosts = Memo(_read_host, MEMO_TARGETS)
-        self._addresses = Memo(_peer_pairs, MEMO_PEERS)
-        self._ports = Memo(lambda port: ("network.peer.port", port), MEMO_PEERS)
-        self._peers = Memo(self._peer_group, MEMO_PEERS)
-        self._client_peers = Memo(self._client_peer_group, MEMO_PEERS)
-        self._called_peers = Memo(self._called_peer_group, MEMO_PEERS)
-        self._names_of_peer = names_of_peer
         self._repeats: dict[int, _Repeat] = {}
         self._whole_server_answers: dict[bytes, _WholeAnswer] = {}
         self._whole_client_answers: dict[bytes, _WholeAnswer] = {}
@@ -209,20 +151,6 @@ class Http1:
         answers = self._whole_server_answers if is_server else self._whole_client_answers
         self._repeats[key] = length, call.name, group, peers, answers, _trace_state(call)
 
-    def _peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
-        peer, _, _ = self._addresses[key[0]]
-        return AttributeGroup((*peer, ("network.peer.port", key[1])) if peer else ())
-
-    def _client_peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
-        return AttributeGroup((*self._peer_group(key), *self._addresses[key[0]][1]))
-
-    def _called_peer_group(self, key: tuple[bytes, int]) -> AttributeGroup:
-        return AttributeGroup((*self._peer_group(key), *self._names_of_peer(*key)))
-
-    def forget_peers(self) -> None:
-        """Ask for the names of peers again."""
-        self._called_peers.clear()
-
     def _parse_anew(self, exchange: Exchange) -> tuple[Call, _Target | None, bool]:
         """Parse line by line. Also returns the target, None when the request is not to be remembered, and whether
         client.address is from a header.
@@ -241,10 +169,10 @@ class Http1:
             lines, request_head_bytes = _request_lines(request, flags, exchange.response)
             request_line = lines.pop(0)
             found = [*filter(None, map(self._request_field, lines))]
-        fields: _Fields = dict(found)
+        fields: Fields = dict(found)
         if len(fields) != len(found):
-            fields = _merge(found)
-        captured = _captured(self._request_captures, fields, self._redactor) if self._request_captures else ()
+            fields = merge(found)
+        captures = captured(self._request_captures, fields, self._redactor) if self._request_captures else ()
 
         host = fields.pop(b"host", None)
         agent = fields.pop(b"user-agent", None)
@@ -317,7 +245,7 @@ class Http1:
         port = (self._ports[exchange.remote_port],) if peer else ()
         agent = self._agents[agent] if agent is not None else ()
         forwarded_for, own = (client, ()) if is_forwarded else ((), client)
-        attributes = (*attributes, *agent, *forwarded_for, *captured, *peer, *port, *own, *answered, *body)
+        attributes = (*attributes, *agent, *forwarded_for, *captures, *peer, *port, *own, *answered, *body)
         if not request_head_bytes:
             attributes += _HEAD_TRUNCATED
         # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
@@ -333,67 +261,20 @@ class Http1:
 
     def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
         method, target, version = syntax.read_request_line(request_line)
-        scheme, authority, path, query = syntax.read_target(method, target)
-        known, name, route = self._method_and_route(method, path)
-        scheme = scheme or "http"
-        attributes = [*known, ("url.path", path), ("url.scheme", scheme)]
-        if query:
-            attributes.append(("url.query", self._redactor.query(query)))
-        if route is not None:
-            attributes.append(("http.route", route))
-        attributes.append(("network.protocol.version", version))
-        server = syntax.read_authority(authority.rpartition("@")[2]) if authority else self._hosts[host or b""][0]
-        if server is not None:
-            attributes.append(("server.address", server[0]))
-            attributes.append(("server.port", server[1] or _DEFAULT_PORTS.get(scheme, 80)))
-        result = tuple(attributes), name, METHOD_MEANING.get(method, 0)
+        attributes, name = self._server_attributes(method, syntax.read_target(method, target), host, version)
+        result = attributes, name, METHOD_MEANING.get(method, 0)
         _remember(self._server_targets, request_line, host, result)
         return result
 
     def _client_target(self, request_line: bytes, host: bytes | None, peer_address: str, peer_port: int) -> _Target:
         method, target, version = syntax.read_request_line(request_line)
-        scheme, authority, path, query = syntax.read_target(method, target)
-        known, name, _ = self._method_and_route(method, path)
-        scheme = scheme or "http"
-        if authority:
-            server = syntax.read_authority(authority.rpartition("@")[2])
-            authority = redaction.redact_credentials("//" + authority)
-        else:
-            server, authority = self._hosts[host or b""]
-        unnamed = server is None
-        if unnamed:
-            # Only what the kernel saw is left: the address and port of the other end.
-            bracketed = f"[{peer_address}]" if ":" in peer_address else peer_address
-            authority = f"//{bracketed}" if peer_port in (0, 80) else f"//{bracketed}:{peer_port}"
-            server = peer_address, peer_port
-        # RFC 9112 section 3.3: the URL of asterisk-form and authority-form has neither path nor query.
-        url = f"{scheme}:{authority}{'' if path == '*' else path}"
-        if query:
-            url = f"{url}?{self._redactor.query(query)}"
-        attributes = (
-            *known,
-            ("server.address", server[0]),
-            ("server.port", server[1] or _DEFAULT_PORTS.get(scheme, 80)),
-            ("url.full", url),
-            ("network.protocol.version", version),
+        attributes, name, is_named = self._client_attributes(
+            method, syntax.read_target(method, target), host, version, peer_address, peer_port
         )
         result = attributes, name, METHOD_MEANING.get(method, 0)
-        if not unnamed:
+        if is_named:
             _remember(self._client_targets, request_line, host, result)
         return result
-
-    def _method_and_route(self, method: bytes, path: str) -> tuple[Attributes, str, str | None]:
-        """Return the method's attributes, the span name, and the configured route or None."""
-        original = method.decode()
-        if method in KNOWN_METHODS:
-            attributes: Attributes = (("http.request.method", original),)
-            name = original
-        else:
-            attributes = (("http.request.method", "_OTHER"), ("http.request.method_original", original))
-            name = "HTTP"
-        route = self._routes.match(original, path)
-        template = route if route is not None or not self._guess_routes else routes.guess(path)
-        return attributes, f"{name} {template}" if template else name, route
 
     def _read_answer(self, response: bytes, end: int, answers: dict[bytes, _Answer]) -> tuple[_Answer, int]:
         """Read the final response head; ``end`` is where its first CRLFCRLF was found, or -1.
@@ -445,7 +326,7 @@ class Http1:
         return _NO_ANSWER, 0
 
     def _answer(self, status: int, found: list[tuple[bytes, bytes]], answers: dict[bytes, _Answer]) -> _Answer:
-        fields = _merge(found)
+        fields = merge(found)
         framing, length = syntax.read_framing(fields)
         if status in (101, 204, 304):
             framing = Framing.EMPTY
@@ -454,7 +335,7 @@ class Http1:
         if error:
             attributes += (("error.type", str(status)),)
         if self._response_captures:
-            attributes += _captured(self._response_captures, fields, self._redactor)
+            attributes += captured(self._response_captures, fields, self._redactor)
         return status, framing, length, attributes, error
 
 
@@ -484,20 +365,6 @@ def _request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[by
     return lines, 0
 
 
-def _merge(found: list[tuple[bytes, bytes]]) -> _Fields:
-    """Collect repeated fields into lists, in order; of Host and User-Agent the first counts."""
-    fields: _Fields = {}
-    for name, value in found:
-        earlier = fields.get(name)
-        if earlier is None:
-            fields[name] = value
-        elif isinstance(earlier, list):
-            earlier.append(value)
-        elif name not in (b"host", b"user-agent"):
-            fields[name] = [earlier, value]
-    return fields
-
-
 def _remember(
     targets: dict[tuple[bytes, bytes | None], _Target], line: bytes, host: bytes | None, value: _Target
 ) -> None:
@@ -507,44 +374,11 @@ def _remember(
         targets[line, host] = value
 
 
-def _captures(prefix: str, names: Iterable[str]) -> dict[bytes, str]:
-    """Header name as it is compared -> attribute name."""
-    return {name.encode("latin-1", "replace"): prefix + name for name in names}
-
-
-def _captured(captures: dict[bytes, str], fields: _Fields, redactor: redaction.QueryRedactor) -> Attributes:
-    attributes = []
-    for name, key in captures.items():
-        value = fields.get(name)
-        if value is not None:
-            values = map(syntax.text, value if isinstance(value, list) else (value,))
-            attributes.append((key, tuple(map(redactor.url, values) if name in _URL_HEADERS else values)))
-    return tuple(attributes)
-
-
-def _read_host(host: bytes) -> tuple[tuple[str, int | None] | None, str]:
-    """Return (host and port, "//" and the value) of a Host field; (None, "") when it is absent or malformed."""
-    value = syntax.text(host)
-    server = syntax.read_authority(value)
-    return (server, "//" + value) if server is not None else (None, "")
-
-
-def _peer_pairs(address: bytes) -> tuple[Attributes, Attributes, str]:
-    """Return network.peer.address, client.address, and the text of a 16-byte address; empty when it is unspecified."""
-    if len(address) != 16 or not any(address):
-        return (), (), ""
-    if address.startswith(b"\0\0\0\0\0\0\0\0\0\0\xff\xff"):  # RFC 4291 section 2.5.5.2
-        shown = inet_ntop(AF_INET, address[12:])
-    else:
-        shown = inet_ntop(AF_INET6, address)
-    return (("network.peer.address", shown),), (("client.address", shown),), shown
-
-
 def _trace_state(call: Call) -> str:
     return call.context.trace_state if call.context is not None else ""
 
 
-def _request_body_size(fields: _Fields, body_bytes: int) -> Attributes:
+def _request_body_size(fields: Fields, body_bytes: int) -> Attributes:
     """Chunked framing and bytes that no field announces are no body size."""
     framing, length = syntax.read_framing(fields)
     return (("http.request.body.size", min(length, body_bytes)),) if framing is _LENGTH and length else ()

@@ -71,6 +71,10 @@ class StreamLosses:
         self.unmatched_responses = 0
         self.overlapping_bytes = 0
 
+    def count(self, reason: str) -> None:
+        """Count one loss."""
+        self.reasons[reason] = self.reasons.get(reason, 0) + 1
+
 
 class PipelinedConnection:
     """One connection in stream mode. ``feed``, ``expire`` and ``close`` return finished exchanges and never raise.
@@ -249,7 +253,7 @@ class PipelinedConnection:
 
     def _lose(self, reason: str, state: State = State.SEEKING, *, count: bool = True) -> None:
         if count:
-            self.losses.reasons[reason] = self.losses.reasons.get(reason, 0) + 1
+            self.losses.count(reason)
         if self._pairs and self._pairs[0].response is not None and self._pairs[0].response.done:
             self._complete(self._pairs[0])  # only the end of its request's body is missing
         self.lost += self.outstanding

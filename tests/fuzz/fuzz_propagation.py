@@ -60,7 +60,9 @@ def check(headers: dict[bytes, bytes | list[bytes]]) -> None:
         for each in (context, *others):
             if each is not None:
                 check_context(each)
-        assert all(other.trace_id != context.trace_id for other in others), "no disagreement"
+        assert all((other.trace_id, other.span_id) != (context.trace_id, context.span_id) for other in others), (
+            "no disagreement"
+        )
         assert (context, others) == extractor.extract(subset), "a second reading differs"
 
 

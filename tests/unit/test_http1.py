@@ -23,7 +23,7 @@ from opentelemetry.semconv.attributes import (
 from agent.errors import ConfigError, ProtocolError
 from agent.model import Call, End, Exchange, Flag, Role
 from agent.propagation import FORMATS, Extractor
-from agent.protocols import PROTOCOLS, http1, http1_memo
+from agent.protocols import PROTOCOLS, http1, http1_memo, http_semantics
 from agent.protocols.http1 import Http1
 
 FUZZ_DIRECTORY = Path(__file__).resolve().parents[1] / "fuzz"
@@ -311,7 +311,7 @@ def test_attribute_names_are_the_released_ones() -> None:
     used = {key for _, _, _, expected in GOLDEN.values() for key in expected} | {"error.type", "http.route"}
     assert used <= known
     assert {value.value for value in incubating.HttpRequestMethodValues} == {
-        *(method.decode() for method in http1.KNOWN_METHODS),
+        *(method.decode() for method in http_semantics.KNOWN_METHODS),
         "_OTHER",
     }
     assert http_attributes.HTTP_REQUEST_HEADER_TEMPLATE == "http.request.header"
@@ -717,7 +717,10 @@ def test_bytes_that_begin_no_response(end: End) -> None:
 
 def test_the_request_id_is_bounded() -> None:
     """A hostile x-request-id does not become a large key."""
-    assert len(parse(b"GET / HTTP/1.1\r\nx-request-id: %s\r\n\r\n" % (b"x" * 999)).request_id) == http1.REQUEST_ID_BYTES
+    assert (
+        len(parse(b"GET / HTTP/1.1\r\nx-request-id: %s\r\n\r\n" % (b"x" * 999)).request_id)
+        == http_semantics.REQUEST_ID_BYTES
+    )
     assert parse().request_id == ""
 
 
@@ -838,7 +841,8 @@ def test_memos_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         (http1_memo, "MEMO_LINES"),
         (http1, "MEMO_TARGETS"),
         (http1, "MEMO_HEADS"),
-        (http1, "MEMO_PEERS"),
+        (http_semantics, "MEMO_HOSTS"),
+        (http_semantics, "MEMO_PEERS"),
     ):
         monkeypatch.setattr(module, name, 8)
     http = parser()

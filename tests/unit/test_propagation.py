@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import importlib.util
 from pathlib import Path
 
@@ -24,6 +25,13 @@ TRACEPARENT = b"00-" + TRACE + b"-" + SPAN + b"-01"
 OTHER = b"c0ffee00c0ffee00c0ffee00c0ffee00"
 OTHER_ID = bytes.fromhex(OTHER.decode())
 
+
+def grpc_binary(trace: bytes) -> bytes:
+    """OpenCensus's binary encoding of a sampled context with the span id SPAN."""
+    return b"\0\0" + bytes.fromhex(trace.decode()) + b"\1" + SPAN_ID + b"\2\1"
+
+
+GRPC = grpc_binary(TRACE)
 FUZZ_DIRECTORY = Path(__file__).resolve().parents[1] / "fuzz"
 
 
@@ -47,7 +55,7 @@ def test_the_known_headers_are_those_of_the_formats():
     assert {
         b"traceparent", b"tracestate", b"b3", b"x-b3-traceid", b"x-b3-spanid", b"x-b3-parentspanid", b"x-b3-sampled",
         b"x-b3-flags", b"uber-trace-id", b"x-amzn-trace-id", b"x-datadog-trace-id", b"x-datadog-parent-id",
-        b"x-datadog-sampling-priority", b"x-datadog-tags",
+        b"x-datadog-sampling-priority", b"x-datadog-tags", b"grpc-trace-bin",
     } == HEADER_NAMES  # fmt: skip
     assert Extractor(FORMATS).header_names == HEADER_NAMES
 
@@ -83,6 +91,7 @@ def test_a_format_that_is_not_configured_is_not_read():
     ("headers", "name"),
     [
         ({b"traceparent": b" \t" + TRACEPARENT + b"\t "}, "tracecontext"),
+        ({b"grpc-trace-bin": b" " + base64.b64encode(GRPC) + b"\t"}, "grpc"),
         ({b"b3": b" " + TRACE + b"-" + SPAN + b"-1 "}, "b3"),
         ({b"x-b3-traceid": TRACE + b" ", b"x-b3-spanid": b"\t" + SPAN, b"x-b3-sampled": b" 1"}, "b3multi"),
         ({b"uber-trace-id": b" " + TRACE + b":" + SPAN + b":0:1\t"}, "jaeger"),
@@ -102,7 +111,7 @@ def test_a_format_that_is_not_configured_is_not_read():
     ],
 )
 def test_optional_white_space_is_trimmed(headers, name):
-    """White space around a value means nothing, in any format; all six spell the same context here."""
+    """White space around a value means nothing, in any format; all seven spell the same context here."""
     assert read(headers) == (TraceContext(TRACE_ID, SPAN_ID, True, "", name), {})
 
 
@@ -121,6 +130,7 @@ def test_an_empty_value_is_malformed(header):
     [
         ({b"traceparent": [TRACEPARENT, TRACEPARENT]}, "tracecontext", 1),
         ({b"traceparent": [TRACEPARENT] * 55}, "tracecontext", 1),
+        ({b"grpc-trace-bin": [base64.b64encode(GRPC)] * 2}, "grpc", 1),
         ({b"b3": [b"1", b"1"]}, "b3", 1),
         ({b"uber-trace-id": [b"1:1:0:1", b"1:1:0:1"]}, "jaeger", 1),
         ({b"x-amzn-trace-id": [b"Root=1-5759e988-bd862e3fe1be46a994272793"] * 2}, "xray", 1),
@@ -614,6 +624,53 @@ def test_a_malformed_datadog_option_leaves_the_ids(extra):
     assert read(datadog(**extra)) == (expected, {"datadog": 1})
 
 
+# ---- gRPC
+
+
+@pytest.mark.parametrize(
+    ("binary", "sampled"),
+    [
+        (GRPC, True),
+        (GRPC[:-1] + b"\0", None),
+        (GRPC[:-1] + b"\3", True),
+        (GRPC[:-2], None),
+        (b"\0\2\1\1" + SPAN_ID + b"\0" + TRACE_ID, True),
+        (GRPC + b"\x07whatever follows an unknown field", True),
+    ],
+    ids=["example", "not sampled", "other bits", "no options", "another order", "later fields"],
+)
+@pytest.mark.parametrize("form", ["padded", "unpadded", "binary"])
+def test_grpc_trace_bin_is_read(binary, sampled, form):
+    """Fields in any order until an unknown one; base64 with or without padding, or the bytes behind a zero byte."""
+    value = b"\0" + binary if form == "binary" else base64.b64encode(binary)
+    value = value.rstrip(b"=") if form == "unpadded" else value
+    assert read({b"grpc-trace-bin": value}) == (TraceContext(TRACE_ID, SPAN_ID, sampled, "", "grpc"), {})
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"AAAA",
+        b"not base64!",
+        base64.b64encode(b"\1" + GRPC[1:]),
+        base64.b64encode(GRPC[:18]),
+        base64.b64encode(b"\0\1" + SPAN_ID),
+        base64.b64encode(GRPC[:25]),
+        base64.b64encode(GRPC + GRPC[1:18]),
+        base64.b64encode(GRPC[:-1]),
+        base64.b64encode(b"\0\0" + bytes(16) + GRPC[18:]),
+        base64.b64encode(GRPC[:19] + bytes(8)),
+        base64.b64encode(GRPC) + b"," + base64.b64encode(GRPC),
+        base64.b64encode(GRPC)[:-2] + b"=====",
+        b"\0",
+        b"A" * 5000,
+    ],
+)
+def test_a_malformed_grpc_trace_bin_is_refused(value):
+    """Another version, a missing, zero, cut or repeated field, several values, what is no base64."""
+    assert_refused({b"grpc-trace-bin": value}, "grpc", 1)
+
+
 # ---- Several formats
 
 
@@ -621,6 +678,7 @@ def spelled(name, trace):
     """The headers of format ``name`` for 32 hex digits of trace id and the span id SPAN."""
     return {
         "tracecontext": {b"traceparent": b"00-" + trace + b"-" + SPAN + b"-01"},
+        "grpc": {b"grpc-trace-bin": base64.b64encode(grpc_binary(trace))},
         "b3": {b"b3": trace + b"-" + SPAN + b"-1"},
         "b3multi": {b"x-b3-traceid": trace, b"x-b3-spanid": SPAN, b"x-b3-sampled": b"1"},
         "jaeger": {b"uber-trace-id": trace + b":" + SPAN + b":0:1"},
@@ -654,8 +712,8 @@ def test_contexts_that_disagree_are_returned_in_order():
     traces["jaeger"] = traces["tracecontext"]
     context, others = Extractor(FORMATS).extract(spelled_all(traces))
     assert context.format == "tracecontext"
-    assert [other.format for other in others] == ["b3", "b3multi", "xray", "datadog"]
-    assert [other.trace_id[-1] for other in others] == [2, 3, 5, 6]
+    assert [other.format for other in others] == ["grpc", "b3", "b3multi", "xray", "datadog"]
+    assert [other.trace_id[-1] for other in others] == [2, 3, 4, 6, 7]
 
 
 def test_the_order_of_the_headers_does_not_matter():
@@ -774,6 +832,7 @@ def test_counters_add_up_per_format():
     extractor = Extractor(FORMATS)
     bad = {
         b"traceparent": b"?",
+        b"grpc-trace-bin": b"?",
         b"b3": b"?",
         b"x-b3-traceid": b"?",
         b"x-b3-spanid": b"?",
@@ -785,10 +844,10 @@ def test_counters_add_up_per_format():
     for _ in range(2):
         assert extractor.extract(bad) == (None, ())
     assert extractor.malformed == {
-        "tracecontext": 2, "b3": 2, "b3multi": 4, "jaeger": 2, "xray": 2, "datadog": 4,
+        "tracecontext": 2, "grpc": 2, "b3": 2, "b3multi": 4, "jaeger": 2, "xray": 2, "datadog": 4,
     }  # fmt: skip
     extractor.extract(spelled_all(dict.fromkeys(FORMATS, TRACE)))
-    assert sum(extractor.malformed.values()) == 16
+    assert sum(extractor.malformed.values()) == 18
 
 
 # ---- Any bytes
