@@ -119,8 +119,11 @@ static __always_inline void push_tail(struct connection *connection, __u64 buffe
 	if (length >= 8) {
 		connection->tail_valid = !bpf_probe_read_user(&connection->tail, 8, (void *)(buffer + length - 8));
 	} else if (length) {
-		__u32 few = length & 7;
+		__u32 few = length;
 
+		/* Kernels before 6.8 do not see what the compiler knows of a value that it has put aside. */
+		opaque(few);
+		few &= 7;
 		if (bpf_probe_read_user(&word, few, (void *)buffer)) {
 			connection->tail_valid = 0;
 			return;
@@ -944,9 +947,13 @@ static __always_inline void forget_interim(struct connection *connection)
 	exchange->flags |= FLAG_INTERIM;
 }
 
-/* What a transfer looks like whose bytes were captured from `offset` on. Few of them, and user memory tells. */
-static __always_inline int look_behind(struct connection *connection, const struct transfer *transfer, __u64 offset)
+/* What the transfer looks like with which a response begins. Its bytes were captured behind the request's; few of them,
+ * and user memory tells.
+ */
+static __always_inline int look_behind(struct connection *connection, const struct transfer *transfer)
 {
+	__u64 offset = unfollowed(connection->exchange.request_captured);
+
 	opaque(offset);
 	if (offset > request_cap || offset + 8 > connection->data_length)
 		return look(transfer);
@@ -982,7 +989,7 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 	length = absorb(connection, transfer, sock, limit, true);
 	absorbed = connection->data_length - before;
 	if (starts) {
-		int looks = look_behind(connection, transfer, before);
+		int looks = look_behind(connection, transfer);
 
 		foreign = !(looks & LOOKS_RESPONSE);
 		if ((looks & LOOK_FAILED) || (foreign && (connection->follows || !connection->reports))) {
