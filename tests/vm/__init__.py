@@ -1,0 +1,1 @@
+"""Machines with other kernels than this one's."""
