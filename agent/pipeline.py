@@ -128,6 +128,8 @@ class Pipeline:
         ring_bytes: int = 8 << 20,
     ) -> None:
         self._ring_bytes = ring_bytes
+        self.has_more = False
+        """The last ``run_once`` took all that it was allowed to: there is more, or will be soon."""
         self.sweep_ns = 0
         """How long the last sweep took in the kernel, without what it brought."""
         self._source = source
@@ -185,16 +187,21 @@ class Pipeline:
             ConnectionClosed: self._on_close,
         }
 
-    def run_once(self, now_ns: int) -> int:
-        """Take what is in the ring buffer now, and not what may follow forever. Returns the number of records."""
+    def run_once(self, now_ns: int, limit_bytes: int | None = None) -> int:
+        """Take what is in the ring buffer now, and not what may follow forever. Returns the number of records.
+
+        With a limit it may leave something, and says so in ``has_more``.
+        """
+        limit_bytes = limit_bytes or self._ring_bytes
         total = taken_bytes = 0
-        while taken_bytes < self._ring_bytes:
+        while taken_bytes < limit_bytes:
             batch, offsets = self._source.drain()
             if not offsets:
                 break
             total += len(offsets)
             taken_bytes += len(batch)
             self.feed(batch, offsets, now_ns)
+        self.has_more = taken_bytes >= limit_bytes
         if self._hold.waiting:
             self._hand_over(now_ns)
         with self._hand_over_lock:

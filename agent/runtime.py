@@ -369,7 +369,7 @@ class Agent:
         kernel = self.config.kernel
         sweep_ns, next_sweep_ns, soonest_sweep_ns = int(kernel.sweep_seconds * 1e9), 0, 0
         while not self._stopping:
-            self.capture.wait(kernel.poll_seconds)
+            self.capture.wait(0.0 if self.pipeline.has_more else kernel.poll_seconds)
             self._stepped_at = time.monotonic()
             now_ns = time.monotonic_ns()
             self._follow_file()
@@ -383,7 +383,8 @@ class Agent:
                 soonest_sweep_ns = now_ns + 10 * self.pipeline.sweep_ns
                 next_sweep_ns = max(now_ns + sweep_ns, soonest_sweep_ns)
             else:
-                self.pipeline.run_once(now_ns)
+                # A part at a time, so that a sweep may come in between and let go of what is decided.
+                self.pipeline.run_once(now_ns, kernel.ring_buffer_bytes // 8)
 
     def _follow_pods(self) -> None:
         """Tell the stages what the API server said since the last turn."""
