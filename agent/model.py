@@ -73,6 +73,7 @@ class Flag(IntFlag):
     INTERIM = 128
     REQUEST_GAP = 256
     FOREIGN = 512
+    STREAM = 1024
 
 
 class Exchange(msgspec.Struct, frozen=True, gc=False):
@@ -117,15 +118,17 @@ class ProcessSeen(msgspec.Struct, frozen=True, gc=False):
 
     ``start_ns`` is CLOCK_BOOTTIME nanoseconds; with ``tgid`` it identifies the process. ``executable`` is the last
     component of the executable's path, ``comm`` the name of its main thread, both decoded with replacement characters.
+    ``cgroup`` is what ``/proc/<pid>/cgroup`` said of cgroup v2, and of the memory controller where that is in cgroup
+    v1, as seen from the root; without what was too long.
     """
 
     tgid: int
     start_ns: int
-    cgroup_id: int
     uid: int
     ppid: int
     comm: str
     executable: str
+    cgroup: bytes
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):

@@ -24,6 +24,7 @@ from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.stitch import Stitcher
 
 _FIRST = int(Flag.FIRST)
+_STREAM = int(Flag.STREAM)
 _QUIET = int(End.QUIET)  # OPEN and QUIET, the provisional ends, are the two lowest
 _INTERLEAVING_LANGUAGES = frozenset({"go", "nodejs"})
 
@@ -164,7 +165,7 @@ class Pipeline:
         # most.
         self._ended_early: set[int] = set()
         self._streams: dict[int, PipelinedConnection] = {}
-        # When something was last heard of those with outstanding requests, by connection, the most silent one first.
+        # When something was last heard of those that may owe spans, by connection, the most silent one first.
         self._streams_waiting: OrderedDict[int, int] = OrderedDict()
         self._streams_seen = 0
         self._streams_outstanding = 0
@@ -280,9 +281,10 @@ class Pipeline:
         for name in ("ring_full", "state_full", "not_http"):
             dropped[name] += kernel[f"dropped_{name}"]
         dropped["write_refused"] += kernel["cancelled"]
+        dropped["stream_lost"] += kernel["streams_untold"]
         left = kernel["emitted"] + kernel["cancelled"] + kernel["streamed"]
         left += sum(kernel[f"dropped_{name}"] for name in ("ring_full", "state_full", "not_http"))
-        streams_unseen = kernel["streamed"] - account.streams_seen
+        streams_unseen = kernel["streamed"] - kernel["streams_untold"] - account.streams_seen
         return Books(
             # What entered stream mode counts as one exchange until its segments tell how many it is.
             begun=kernel["begun"] - account.streams_seen + account.streamed + account.streams_outstanding,
@@ -482,6 +484,7 @@ class Pipeline:
             stream = self._streams[connection_id]
             outstanding = stream.outstanding
             self._take_streamed(stream.expire(now_ns))
+            self._give_up_unread(connection_id)
             self._count_stream(connection_id, stream, stream.lost, outstanding, now_ns)
 
     def _end_early(self, exchange: Exchange) -> None:
@@ -495,8 +498,12 @@ class Pipeline:
         self._ended_early.add(connection_id)
 
     def _on_close(self, closed: ConnectionClosed) -> None:
-        self._ended_early.discard(closed.connection_id)
         stream = self._streams.pop(closed.connection_id, None)
+        if stream is None and closed.flags & _STREAM and closed.connection_id not in self._ended_early:
+            # All of its segments were lost: its close is the first that is heard of it.
+            stream = PipelinedConnection(self.stream_losses)
+            self._enter_stream(closed.connection_id)
+        self._ended_early.discard(closed.connection_id)
         if stream is not None:
             self._close_stream(closed.connection_id, stream, closed)
             return
@@ -522,34 +529,41 @@ class Pipeline:
                 self._close_stream(oldest, self._streams.pop(oldest), None)
                 self._remember_early_end(oldest)
             stream = self._streams[segment.connection_id] = PipelinedConnection(self.stream_losses)
-            if segment.connection_id in self._ended_early:
-                # What the kernel counts as streamed is in the books already, and the segments tell of it again.
-                self._ended_early.discard(segment.connection_id)
-            else:
-                self._streams_seen += 1
-                self._streams_unread.add(segment.connection_id)
-                self._streams_outstanding += 1
-            announced = self._pending_of.get(segment.connection_id)
-            if announced is not None:
-                # The connection's first exchange had been reported before the second request came. The kernel counts it
-                # as streamed now, and the segments tell of it again.
-                self._forget_pending(announced)
-                self._stitcher.withdraw(announced)
-                self.received -= 1
-                self.superseded += 1
+            self._enter_stream(segment.connection_id)
         lost, outstanding = stream.lost, stream.outstanding
         ended = stream.feed(segment)
         self._take_streamed(ended)
-        self._count_stream(segment.connection_id, stream, lost, outstanding, segment.time_ns)
         if self._streams_unread and (ended or stream.lost or stream.outstanding):
             self._note_request(segment.connection_id)
+        self._count_stream(segment.connection_id, stream, lost, outstanding, segment.time_ns)
+
+    def _enter_stream(self, connection_id: int) -> None:
+        """Take over into the books what the kernel counts as streamed since a connection entered stream mode."""
+        if connection_id in self._ended_early:
+            self._ended_early.discard(connection_id)  # it is in the books already, and the segments tell of it again
+        else:
+            self._streams_seen += 1
+            self._streams_unread.add(connection_id)
+            self._streams_outstanding += 1
+        announced = self._pending_of.get(connection_id)
+        if announced is not None:
+            # The connection's first exchange had been reported before the second request came. The kernel counts it as
+            # streamed now, and the segments tell of it again.
+            self._forget_pending(announced)
+            self._stitcher.withdraw(announced)
+            self.received -= 1
+            self.superseded += 1
 
     def _close_stream(self, connection_id: int, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
         lost, outstanding = stream.lost, stream.outstanding
         self._take_streamed(stream.close(closed))
+        self._give_up_unread(connection_id)
         self._count_stream(connection_id, stream, lost, outstanding, 0)
+
+    def _give_up_unread(self, connection_id: int) -> None:
+        """The kernel saw a request begin; count it as lost if none could be read."""
         if self._note_request(connection_id):
-            self.streamed += 1  # the kernel saw a request begin, and no request could be read
+            self.streamed += 1
             self.dropped["stream_lost"] += 1
 
     def _note_request(self, connection_id: int) -> bool:
@@ -567,7 +581,7 @@ class Pipeline:
             self.streamed += stream.lost - lost
             self.dropped["stream_lost"] += stream.lost - lost
         self._streams_outstanding += stream.outstanding - outstanding
-        if stream.outstanding:
+        if stream.outstanding or connection_id in self._streams_unread:
             self._streams_waiting[connection_id] = heard_ns
             self._streams_waiting.move_to_end(connection_id)
         else:

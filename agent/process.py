@@ -78,14 +78,8 @@ class Pods(Protocol):
     def container_of(self, cgroup: bytes) -> object | None:
         """The container that the text of ``/proc/<pid>/cgroup`` tells of; None outside of pods."""
 
-    def container_of_id(self, cgroup_id: int) -> object | None:
-        """The container whose cgroup has this id in the kernel; None outside of pods, and when it is gone."""
-
     def place(self, container: object, declared: Mapping[str, str]) -> Placement:
         """What is known now. ``declared`` is what the process says of itself, by attribute."""
-
-    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
-        """Whether the cgroup v2 in that text has this id in the kernel; None when that cannot be told."""
 
     def is_current(self, placement: Placement) -> bool:
         """False when ``place`` may say something else by now; much cheaper than asking it."""
@@ -155,7 +149,6 @@ class ProcessTable:
         self._max_processes = max(1, max_processes)
         self._sdk_version = "telemetry.sdk.version", version
         self._processes: dict[tuple[int, int], ProcessInfo] = {}
-        self._containers: dict[int, object | None] = {}
         # What was last said of a container, by what its processes declare: those that are alike share it.
         self._placements: dict[tuple[object, tuple[tuple[str, str], ...]], Placement] = {}
         self.vanished = 0
@@ -169,7 +162,7 @@ class ProcessTable:
         known = self._processes.get((seen.tgid, seen.start_ns))
         if known is not None and known.alive_when_seen and _is_named(known.executable_name, seen.executable):
             return known
-        return self._add(seen.tgid, seen.start_ns, seen.executable, seen.comm, seen.cgroup_id)
+        return self._add(seen.tgid, seen.start_ns, seen.executable, seen.comm, seen.cgroup)
 
     def get(self, key: tuple[int, int]) -> ProcessInfo | None:
         return self._processes.get(key)
@@ -182,21 +175,23 @@ class ProcessTable:
     def forget(self, key: tuple[int, int]) -> None:
         self._processes.pop(key, None)
 
-    def _add(self, tgid: int, start_ns: int, executable: str, comm: str, cgroup_id: int = 0) -> ProcessInfo:
+    def _add(self, tgid: int, start_ns: int, executable: str, comm: str, told: bytes = b"") -> ProcessInfo:
+        """``told`` is what the kernel told of its cgroups, if it did."""
         key = (tgid, start_ns)
         cgroup = b""
         directory_fd = self._open_generation(key)
         if directory_fd is not None:
             cgroup = _read(directory_fd, "cgroup", _CGROUP_BYTES)
-            if self._is_elsewhere(cgroup, cgroup_id):
+            if self._is_elsewhere(cgroup, told):
                 os.close(directory_fd)
                 directory_fd = None
         if directory_fd is None:
             self.vanished += 1
-            info = self._describe(key, executable, comm, None, self._container_of_id(cgroup_id))
+            info = self._describe(key, executable, comm, None, self._container_of(told))
         else:
             try:
-                container = self._pods.container_of(cgroup) if self._pods is not None else None
+                # The kernel's word comes first: it is seen from the root, and not from a cgroup namespace.
+                container = self._container_of(told + cgroup)
                 info = self._describe(key, executable, comm, directory_fd, container, systemd_unit(cgroup))
             finally:
                 os.close(directory_fd)
@@ -220,24 +215,19 @@ class ProcessTable:
         os.close(fd)
         return None
 
-    def _is_elsewhere(self, cgroup: bytes, cgroup_id: int) -> bool:
-        """Whether a process in ``cgroup`` is not the one that the kernel saw in ``cgroup_id``, as far as pods go.
+    def _is_elsewhere(self, cgroup: bytes, told: bytes) -> bool:
+        """Whether a process in ``cgroup`` is not the one that the kernel told of, as far as pods go.
 
         It had the pid within the same clock tick, or ended before it was read. (That a process leaves its container is
         not to be expected: runtimes move processes before they run a program. The kernel's word would be right, too: it
-        is of the moment of the exchange.) Learns on the way which container an id belongs to.
+        is of the moment of the exchange.)
         """
-        if self._pods is None or not cgroup_id:
+        if self._pods is None or not told or _shows(cgroup, told):
             return False
-        # The kernel's id is of cgroup v2, whose groups containers share beside v1: only what v2 tells counts.
-        unified = _unified(cgroup)
-        container = self._pods.container_of(unified)
-        if cgroup_id in self._containers and self._containers[cgroup_id] == container:
-            return False
-        if not cgroup or self._pods.is_id_of(cgroup_id, unified) is False:
-            return self._container_of_id(cgroup_id) != container
-        self._remember_container(cgroup_id, container)
-        return False
+        return self._container_of(cgroup) != self._container_of(told)
+
+    def _container_of(self, cgroup: bytes) -> object | None:
+        return self._pods.container_of(cgroup) if self._pods is not None and cgroup else None
 
     def _evict_one(self) -> None:
         for key in list(islice(self._processes, _EVICTION_CANDIDATES)):
@@ -322,20 +312,6 @@ class ProcessTable:
         placement = self._place(container, info.declared) if container is not None else None
         return self._compose(info, placement, comm)
 
-    def _container_of_id(self, cgroup_id: int) -> object | None:
-        """The container of a process that has ended: others may have run in it, or its cgroup may still be there."""
-        if self._pods is None or not cgroup_id:
-            return None
-        if cgroup_id not in self._containers:
-            self._remember_container(cgroup_id, self._pods.container_of_id(cgroup_id))
-        return self._containers[cgroup_id]
-
-    def _remember_container(self, cgroup_id: int, container: object | None) -> None:
-        """Ids of cgroups are not used again (kernfs counts them up)."""
-        if len(self._containers) >= self._max_processes:
-            self._containers.clear()
-        self._containers[cgroup_id] = container
-
     def _compose(self, info: ProcessInfo, placement: Placement | None, comm: str = "") -> ProcessInfo:
         """Put the resource together: the host's view, what the process declares, and above both what its pod says."""
         tgid, start_ns = info.key
@@ -409,9 +385,28 @@ def _matcher(globs: Sequence[str]) -> _Match:
     return re.compile("|".join(map(fnmatch.translate, globs)) if globs else r"(?!)").match
 
 
-def _unified(cgroup: bytes) -> bytes:
-    """Of the lines of ``/proc/<pid>/cgroup``, that of cgroup v2 (cgroups(7))."""
-    return b"".join(line for line in cgroup.splitlines(keepends=True) if line.startswith(b"0::"))
+def _shows(cgroup: bytes, told: bytes) -> bool:
+    """Whether the text of ``/proc/<pid>/cgroup`` can be of a process that the kernel told ``told`` of.
+
+    A path from a cgroup namespace has ``/..`` for what it hides of the path from the root, or nothing.
+    """
+    paths = {_hierarchy(line): line.split(b":", 2)[-1] for line in cgroup.splitlines() if line.count(b":") >= 2}
+    for line in told.splitlines():
+        path, found = line.split(b":", 2)[-1], paths.get(_hierarchy(line))
+        if found is None:
+            return False
+        found = found.removesuffix(b" (deleted)")
+        while found.startswith(b"/.."):
+            found = found[3:]
+        if not path.endswith(found.rstrip(b"/")):
+            return False
+    return True
+
+
+def _hierarchy(line: bytes) -> bytes:
+    """Which hierarchy a line of ``/proc/<pid>/cgroup`` is of, as far as ``ProcessSeen`` tells them apart."""
+    controllers = line.split(b":", 2)[1]
+    return b"memory" if b"memory" in controllers.split(b",") else controllers
 
 
 def systemd_unit(cgroup: bytes) -> str:

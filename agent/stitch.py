@@ -18,8 +18,8 @@ record of an earlier beginning is to come: after that everything that could matt
 
 What the kernel says of threads holds where the thread that reads a request also answers it, and shows only with the
 answer: a call waits for the answer of the request that its thread read. A process is believed in advance (which matters
-when the wait gets too long, or no answer comes) once it has given ``_PROOFS`` answers on the thread that had read, and
-never again once another thread answered (``_migrating``).
+when the wait gets too long, or no answer comes) once it has given ``_PROOFS`` answers on the thread that had read while
+other requests were unanswered, and never again once another thread answered (``_migrating``).
 """
 
 from __future__ import annotations
@@ -47,6 +47,13 @@ class _Trace(msgspec.Struct, frozen=True, gc=False):
     trace_id: bytes
     sampled: bool
     trace_state: str
+
+
+class _Proofs(msgspec.Struct, gc=False):
+    """What speaks for a process answering on the threads that read. ``answered_ns``: when the latest answer began."""
+
+    count: int = 0
+    answered_ns: int = 0
 
 
 class _Node(msgspec.Struct, gc=False, weakref=False):
@@ -115,9 +122,9 @@ class Stitcher:
         self._served_before: dict[ProcessKey, _Index] = {}
         self._servers: set[ProcessKey] = set()
         # Processes in which an answer came from another thread than the one that had read the request; and those that
-        # answered on the same thread only, but not often enough to be believed: how often they did.
+        # answered on the same thread only, but not often enough to be believed.
         self._migrating: set[ProcessKey] = set()
-        self._unproven: dict[ProcessKey, int] = {}
+        self._unproven: dict[ProcessKey, _Proofs] = {}
         self._watermark_ns = 0
         # When the oldest request began that a process, of those in _unproven, has not answered; as of the last sweep.
         self._unanswered: dict[ProcessKey, int] = {}
@@ -160,8 +167,9 @@ class Stitcher:
     _CROWDED_NODES = 4_000
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
     _PROCESSES = 16_384
-    # Answers on the thread that had read the request before a process is believed to do so always. Two threads that
-    # answer whatever comes next do this by chance once in 65 536 times.
+    # Answers on the thread that had read the request before a process is believed to do so always; of those that were
+    # given while another request was unanswered, since threads that take up each other's work may answer a lone request
+    # always themselves. Two threads that answer whatever comes next do this by chance once in 65 536 times.
     _PROOFS = 16
     # The sweep that returns a watermark has reported all answers that were given so long before it.
     _REPORTED_NS = 200_000_000
@@ -368,7 +376,7 @@ class Stitcher:
             if node.process not in self._servers:
                 self._servers.add(node.process)
                 if node.process not in self._migrating:
-                    self._unproven[node.process] = 0
+                    self._unproven[node.process] = _Proofs()
             served = self._served[node.process] = {}
         context = node.context
         if context is not None:
@@ -387,10 +395,14 @@ class Stitcher:
         if exchange.response_tid != exchange.request_tid:
             self._migrating.add(process)
             self._unproven.pop(process, None)
-        elif process in self._unproven:
-            self._unproven[process] += 1
-            if self._unproven[process] >= self._PROOFS:
-                del self._unproven[process]
+        else:
+            proofs = self._unproven.get(process)
+            if proofs is not None:
+                if exchange.request_start_ns < proofs.answered_ns:
+                    proofs.count += 1
+                    if proofs.count >= self._PROOFS:
+                        del self._unproven[process]
+                proofs.answered_ns = max(proofs.answered_ns, exchange.response_start_ns)
 
     def _enter_client(self, node: _Node) -> None:
         is_lone = node.context is None and not node.target_id and not node.request_id

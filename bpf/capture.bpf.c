@@ -43,9 +43,7 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 		return 0;
 	}
 	if (connection->mode == MODE_STREAM) {
-		connection->reports = 1;
-		connection->reported_bytes = connection->exchange.response_bytes;
-		finish(connection, end, now);
+		finish_stream(connection, end, now);
 	} else if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE) {
 		finish(connection, end, now);
 	}

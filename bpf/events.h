@@ -41,6 +41,7 @@ enum exchange_flag {
 	FLAG_INTERIM = 1 << 7,            /* 1xx responses were seen and left out of the response bytes */
 	FLAG_REQUEST_GAP = 1 << 8,        /* request bytes are missing between the captured ones and what follows */
 	FLAG_FOREIGN = 1 << 9,            /* bytes came that begin no response: the rest of the one before, or no HTTP */
+	FLAG_STREAM = 1 << 10,            /* of a close: the connection was in stream mode */
 };
 
 enum segment_direction {
@@ -56,6 +57,7 @@ enum counter {
 	COUNTER_DROPPED_STATE_FULL, /* exchanges lost because the connections map was full */
 	COUNTER_DROPPED_NOT_HTTP,   /* what looked like a request was not answered in HTTP */
 	COUNTER_CANCELLED,          /* the write that began the exchange was refused (EAGAIN and the like) */
+	COUNTER_STREAMS_UNTOLD,     /* of those streamed: nothing of the connection reached the ring buffer, which was full */
 	COUNTER_STREAMED,           /* exchanges handed to stream mode, which user space accounts for */
 	COUNTER_REEMITTED,          /* later records of exchanges that were reported before */
 	COUNTER_REEMIT_LOST,        /* the same, lost because the ring buffer was full */
@@ -104,12 +106,16 @@ struct record_exchange {
 	__u8 tail[8];
 };
 
+/* Followed by the names of the process's cgroup in v2 and of those above it, without the root, each with a 0 behind it,
+ * and a 0 at the end; then by the same of the memory controller's cgroup where that has a v1 hierarchy of its own.
+ */
 struct record_process {
 	__u16 kind;
-	__u8 _pad[2];
+	__u16 cgroup_bytes;        /* of the first names; 0: not known */
+	__u16 memory_cgroup_bytes; /* of the second */
+	__u8 _pad[6];
 	__u32 tgid;
 	__u64 start_ns; /* CLOCK_BOOTTIME */
-	__u64 cgroup_id;
 	__u32 uid;
 	__u32 ppid;
 	char comm[16]; /* of the thread group leader */
@@ -139,7 +145,7 @@ struct record_close {
 	__u16 kind;
 	__u8 role;
 	__u8 end; /* END_CLOSED, END_RESET or END_TIMED_OUT */
-	__u32 flags; /* FLAG_PEER_CLOSED */
+	__u32 flags; /* FLAG_PEER_CLOSED, FLAG_STREAM */
 	__u64 connection_id;
 	__u64 exchange_id; /* the exchange that was open or reported last, or 0 */
 	__u64 time_ns;

@@ -337,6 +337,22 @@ static __always_inline bool emit(struct connection *connection, __u8 end, __u64 
 	return true;
 }
 
+/* Tells that a connection ended whose exchange was reported before, or that is in stream mode. */
+static __always_inline bool send_close(const struct connection *connection, __u8 end, __u32 flags, __u64 now)
+{
+	struct record_close close = {
+		.kind = RECORD_CLOSE,
+		.role = connection->exchange.role,
+		.end = end,
+		.flags = flags,
+		.connection_id = connection->exchange.connection_id,
+		.exchange_id = connection->exchange.exchange_id,
+		.time_ns = now,
+	};
+
+	return !bpf_ringbuf_output(&records, &close, sizeof(close), BPF_RB_NO_WAKEUP);
+}
+
 /* Closes the books of the current exchange: a last record unless the last one still tells everything. */
 static __always_inline void finish(struct connection *connection, __u8 end, __u64 now)
 {
@@ -350,21 +366,20 @@ static __always_inline void finish(struct connection *connection, __u8 end, __u6
 	} else if (connection->reported_bytes != connection->exchange.response_bytes ||
 		   connection->state == STATE_REQUEST) {
 		count(emit(connection, end, now, false) ? COUNTER_REEMITTED : COUNTER_REEMIT_LOST);
-	} else if (end != END_NEXT) {
-		struct record_close close = {
-			.kind = RECORD_CLOSE,
-			.role = connection->exchange.role,
-			.end = end,
-			.flags = connection->exchange.flags,
-			.connection_id = connection->exchange.connection_id,
-			.exchange_id = connection->exchange.exchange_id,
-			.time_ns = now,
-		};
-
-		if (bpf_ringbuf_output(&records, &close, sizeof(close), BPF_RB_NO_WAKEUP))
-			count(COUNTER_CLOSES_LOST);
+	} else if (end != END_NEXT && !send_close(connection, end, connection->exchange.flags & ~FLAG_STREAM, now)) {
+		count(COUNTER_CLOSES_LOST);
 	}
 	connection->state = STATE_IDLE;
+}
+
+/* Tells that a connection in stream mode ended. User space accounts for what it was told of. */
+static __always_inline void finish_stream(struct connection *connection, __u8 end, __u64 now)
+{
+	if (send_close(connection, end, connection->exchange.flags | FLAG_STREAM, now))
+		return;
+	count(COUNTER_CLOSES_LOST);
+	if (!connection->told && !connection->reports)
+		count(COUNTER_STREAMS_UNTOLD);
 }
 
 /* Gives up an exchange that was never reported as a span: counted, and nothing is sent, unless user space knows of it. */
@@ -510,29 +525,100 @@ static __always_inline bool is_captured(__u64 pid_tgid, struct process **process
 	return !*process || (*process)->state != PROCESS_IGNORED;
 }
 
-/* Tells user space of a process that it has not decided on, once. Returns the process's entry. */
-static __always_inline struct process *announce_process(__u32 tgid)
+/* The memory controller's cgroup of a task where that controller has a hierarchy of its own (cgroup v1), else 0. There
+ * runtimes may leave a container's processes in their own cgroup of v2.
+ */
+static __always_inline struct cgroup *memory_cgroup(struct css_set *set, struct cgroup *unified)
 {
-	struct task_struct *leader = BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), group_leader);
-	struct process process = { .start_ns = BPF_CORE_READ(leader, start_boottime) };
-	struct record_process record = {
-		.kind = RECORD_PROCESS,
-		.tgid = tgid,
-		.start_ns = process.start_ns,
-		.cgroup_id = bpf_get_current_cgroup_id(),
-		.uid = bpf_get_current_uid_gid(),
-		.ppid = BPF_CORE_READ(leader, real_parent, tgid),
-	};
-	const unsigned char *name = BPF_CORE_READ(leader, mm, exe_file, f_path.dentry, d_name.name);
+	struct cgroup_subsys_state *state = 0;
+	struct cgroup *cgroup;
+	const void *place;
 
-	BPF_CORE_READ_STR_INTO(&record.comm, leader, comm);
-	if (bpf_probe_read_kernel_str(record.executable, sizeof(record.executable), name) < 0)
+	if (!bpf_core_enum_value_exists(enum cgroup_subsys_id, memory_cgrp_id))
+		return 0;
+	place = (const void *)set + bpf_core_field_offset(struct css_set, subsys) +
+		sizeof(state) * bpf_core_enum_value(enum cgroup_subsys_id, memory_cgrp_id);
+	if (bpf_probe_read_kernel(&state, sizeof(state), place))
+		return 0;
+	cgroup = BPF_CORE_READ(state, cgroup);
+	return BPF_CORE_READ(cgroup, root) == BPF_CORE_READ(unified, root) ? 0 : cgroup;
+}
+
+/* Appends the names of a cgroup and of those above it. Returns their bytes, 0 when they are too many. */
+static __always_inline __u16 tell_names(struct process_scratch *scratch, struct cgroup *cgroup)
+{
+	__u64 start = scratch->names_bytes;
+
+	for (int i = 0; i <= CGROUP_LEVELS; i++) {
+		__u64 at = unfollowed(scratch->names_bytes);
+		long length;
+
+		opaque(at);
+		if (at > CGROUP_NAMES_CAP)
+			break;
+		if (!BPF_CORE_READ(cgroup, level)) {
+			scratch->names[at] = 0;
+			scratch->names_bytes = at + 1;
+			return at + 1 - start;
+		}
+		length = bpf_probe_read_kernel_str(scratch->names + at, CGROUP_NAME_MAX, BPF_CORE_READ(cgroup, kn, name));
+		if (length <= 1)
+			break;
+		scratch->names_bytes = at + length;
+		cgroup = BPF_CORE_READ(cgroup, self.parent, cgroup);
+	}
+	scratch->names_bytes = start;
+	return 0;
+}
+
+/* Tells user space of a process that it has not decided on, once, with all that may be gone when user space looks.
+ * Global for the reason given at absorb_iovecs().
+ */
+__noinline int tell_process(__u32 tgid)
+{
+	struct task_struct *task = (struct task_struct *)bpf_get_current_task();
+	struct task_struct *leader = BPF_CORE_READ(task, group_leader);
+	struct css_set *set = BPF_CORE_READ(task, cgroups);
+	struct cgroup *cgroup = BPF_CORE_READ(set, dfl_cgrp), *other = memory_cgroup(set, cgroup);
+	struct process process = { .start_ns = BPF_CORE_READ(leader, start_boottime) };
+	const unsigned char *name = BPF_CORE_READ(leader, mm, exe_file, f_path.dentry, d_name.name);
+	struct process_scratch *scratch;
+	struct record_process *record;
+	__u32 zero = 0;
+	__u64 length;
+
+	scratch = bpf_map_lookup_elem(&process_scratch, &zero);
+	if (!scratch)
+		return 0;
+	record = &scratch->record;
+	record->kind = RECORD_PROCESS;
+	record->tgid = tgid;
+	record->start_ns = process.start_ns;
+	record->uid = bpf_get_current_uid_gid();
+	record->ppid = BPF_CORE_READ(leader, real_parent, tgid);
+	BPF_CORE_READ_STR_INTO(&record->comm, leader, comm);
+	record->executable[0] = 0;
+	if (bpf_probe_read_kernel_str(record->executable, sizeof(record->executable), name) < 0)
 		count(COUNTER_READ_FAULT);
+	scratch->names_bytes = 0;
+	record->cgroup_bytes = tell_names(scratch, cgroup);
+	record->memory_cgroup_bytes = other ? tell_names(scratch, other) : 0;
+	length = unfollowed(scratch->names_bytes);
+	opaque(length);
+	if (length > CGROUP_NAMES_CAP + CGROUP_NAME_MAX)
+		length = 0;
 	/* Woken at once: a short-lived process may be gone from /proc soon. */
-	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_FORCE_WAKEUP))
+	if (bpf_ringbuf_output(&records, record, sizeof(*record) + length, BPF_RB_FORCE_WAKEUP))
 		count(COUNTER_PROCESSES_LOST);
 	if (bpf_map_update_elem(&processes, &tgid, &process, BPF_ANY))
 		count(COUNTER_PROCESS_FULL);
+	return 0;
+}
+
+/* Tells of a process, and returns its entry. */
+static __always_inline struct process *announce_process(__u32 tgid)
+{
+	tell_process(tgid);
 	return bpf_map_lookup_elem(&processes, &tgid);
 }
 
@@ -714,7 +800,8 @@ static __always_inline struct segment_scratch *fill_segment(struct connection *c
 	return scratch;
 }
 
-static __always_inline void send_segment(struct segment_scratch *scratch, __u64 *offset, __u64 length)
+static __always_inline void send_segment(struct connection *connection, struct segment_scratch *scratch, __u64 *offset,
+					 __u64 length)
 {
 	__u64 captured = scratch->record.captured;
 
@@ -724,10 +811,12 @@ static __always_inline void send_segment(struct segment_scratch *scratch, __u64 
 	opaque(captured);
 	if (captured > SEGMENT_CAP)
 		captured = SEGMENT_CAP;
-	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP))
+	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP)) {
 		count(COUNTER_SEGMENTS_LOST);
-	else
-		count(COUNTER_SEGMENTS);
+		return;
+	}
+	count(COUNTER_SEGMENTS);
+	connection->told = 1;
 }
 
 /* Forwards bytes of a connection in stream mode: `address` is that of the bytes, or of iov_count iovecs, or 0 for bytes
@@ -780,8 +869,8 @@ __noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 
 	}
 	if (scratch->record.captured > SEGMENT_CAP)
 		scratch->record.captured = SEGMENT_CAP;
-	send_segment(scratch, response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes,
-		     length);
+	send_segment(connection, scratch,
+		     response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes, length);
 	return 0;
 }
 
@@ -829,7 +918,7 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
 		captured = 0;
 	scratch->record.captured = captured;
-	send_segment(scratch, &offset, length);
+	send_segment(connection, scratch, &offset, length);
 }
 
 static __always_inline void undo_point(struct connection *connection, bool response, __u32 tid)
@@ -1154,7 +1243,9 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
-		if (connection->state != STATE_IDLE)
+		if (connection->mode == MODE_STREAM)
+			finish_stream(connection, END_CLOSED, bpf_ktime_get_ns());
+		else if (connection->state != STATE_IDLE)
 			finish(connection, END_CLOSED, bpf_ktime_get_ns());
 		forget(key);
 		connection = 0;

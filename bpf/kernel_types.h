@@ -67,8 +67,37 @@ struct mm_struct {
 	struct file *exe_file;
 };
 
+struct kernfs_node {
+	const char *name;
+};
+
+struct cgroup_root;
+struct cgroup;
+
+struct cgroup_subsys_state {
+	struct cgroup *cgroup;
+	struct cgroup_subsys_state *parent;
+};
+
+struct cgroup {
+	struct cgroup_subsys_state self;
+	int level;
+	struct kernfs_node *kn;
+	struct cgroup_root *root;
+};
+
+struct css_set {
+	struct cgroup_subsys_state *subsys[1]; /* by enum cgroup_subsys_id */
+	struct cgroup *dfl_cgrp;
+};
+
+enum cgroup_subsys_id {
+	memory_cgrp_id,
+};
+
 struct task_struct {
 	unsigned int flags;
+	struct css_set *cgroups;
 	int pid;
 	int tgid;
 	struct mm_struct *mm;

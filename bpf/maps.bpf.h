@@ -70,9 +70,10 @@ struct connection {
 	__u8 tail_valid;
 	__u8 undo_tail_valid;
 	__u8 lingers; /* closed by TCP, but the process still has the socket and unread bytes in it */
+	__u8 told; /* stream mode: a segment reached the ring buffer */
 	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
 	__u8 follows; /* the exchange began behind another response, which may go on */
-	__u8 _pad[5];
+	__u8 _pad[4];
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
 };
@@ -193,6 +194,27 @@ struct segment_scratch {
 	struct record_segment record;
 	__u8 data[SEGMENT_CAP + COPY_SLACK];
 };
+
+/* Names of cgroups up to this size in all are told, and levels up to this number of each: a node of kind in rootless
+ * Podman has its containers at the twelfth. A name has 255 bytes at most.
+ */
+#define CGROUP_NAMES_CAP 2048
+#define CGROUP_NAME_MAX 256
+#define CGROUP_LEVELS 16
+
+struct process_scratch {
+	__u64 names_bytes;
+	struct record_process record;
+	char names[CGROUP_NAMES_CAP + CGROUP_NAME_MAX];
+};
+
+/* Per-CPU space to build the record of a process. */
+struct {
+	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
+	__uint(max_entries, 1);
+	__type(key, __u32);
+	__type(value, struct process_scratch);
+} process_scratch SEC(".maps");
 
 /* Per-CPU space to build records that do not live in a connection. */
 struct {

@@ -112,7 +112,7 @@ class WireLayout:
         check_fields("record_segment", layouts["record_segment"], model.Segment, ("data",))
         check_fields("record_close", layouts["record_close"], model.ConnectionClosed, ())
         process = layouts["record_process"].fields
-        if process != ("kind", *model.ProcessSeen.__struct_fields__):
+        if process != ("kind", "cgroup_bytes", "memory_cgroup_bytes", *model.ProcessSeen.__struct_fields__[:-1]):
             raise LayoutMismatchError(f"struct record_process has {process}")
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)

@@ -62,8 +62,12 @@ class Decoder:
         return records
 
     def _decode_process(self, batch: bytes, offset: int) -> ProcessSeen:
-        _, tgid, start_ns, cgroup_id, uid, ppid, comm, executable = self._process.unpack_from(batch, offset)
-        return ProcessSeen(tgid, start_ns, cgroup_id, uid, ppid, _text(comm), _text(executable))
+        _, unified, memory, *values, comm, executable = self._process.unpack_from(batch, offset)
+        start = offset + self._process.size
+        middle = start + unified
+        cgroup = _cgroup_line(b"0::", batch[start:middle])
+        cgroup += _cgroup_line(b"1:memory:", batch[middle : middle + memory])
+        return ProcessSeen(*values, _text(comm), _text(executable), cgroup)
 
     def _decode_segment(self, batch: bytes, offset: int) -> Segment:
         values = self._segment.unpack_from(batch, offset)
@@ -76,3 +80,8 @@ class Decoder:
 
 def _text(raw: bytes) -> str:
     return raw.split(b"\0", 1)[0].decode("utf-8", "replace")
+
+
+def _cgroup_line(hierarchy: bytes, names: bytes) -> bytes:
+    """The line of ``/proc/<pid>/cgroup``. ``names`` are those from the cgroup up to the root; empty: not known."""
+    return hierarchy + b"/" + b"/".join(reversed(names.split(b"\0")[:-2])) + b"\n" if names else b""

@@ -8,11 +8,8 @@ One thread writes (the watch), one reads (the pipeline): see ``PodIndex``.
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
 from agent.kube.cgroups import ContainerRef, container_of
@@ -20,31 +17,7 @@ from agent.kube.pods import Pod, PodIndex, pod_attributes, read_pod
 from agent.kube.select import PodRules
 from agent.process import Placement
 
-_CGROUP_DEPTH = 16
-"""In rootless Podman, a node of kind with CRI-O has its containers at 12."""
-
-_CGROUPS = 20_000
-"""A search ends after so many directories: some milliseconds."""
-
 _UID = re.compile(r"[0-9a-f]{8}-(?:[0-9a-f]{4}-){3}[0-9a-f]{12}")
-
-
-def cgroup_roots(proc: str = "/proc") -> list[str]:
-    """Where cgroup v2 is mounted: as the host's first process sees it, then as this one does.
-
-    Only there are the numbers of directories the kernel's ids; the hierarchies of v1 count for themselves.
-    """
-    roots: list[str] = []
-    for process, prefix in (("1", f"{proc}/1/root"), ("self", "")):
-        try:
-            mounts = Path(f"{proc}/{process}/mounts").read_text(errors="replace")
-        except OSError:
-            continue
-        for line in mounts.splitlines():
-            fields = line.split(" ")
-            if len(fields) > 2 and fields[2] == "cgroup2":
-                roots.append(prefix + fields[1])
-    return roots
 
 
 class PodDirectory:
@@ -60,10 +33,7 @@ class PodDirectory:
         node_name: str,
         cluster_name: str = "",
         use_labels: bool = False,
-        roots: Callable[[], Sequence[str]] = cgroup_roots,
     ) -> None:
-        self._roots = roots
-        self._known_roots: Sequence[str] | None = None
         self._index = PodIndex()
         self._node_name = node_name
         self._configured = 0
@@ -116,49 +86,6 @@ class PodDirectory:
         """The container of a pod; None for host processes, and for containers outside of Kubernetes."""
         found = container_of(cgroup.decode("utf-8", "replace"))
         return found if found is not None and (found.pod_uid or self._index.find(found) is not None) else None
-
-    def container_of_id(self, cgroup_id: int) -> ContainerRef | None:
-        """The container whose cgroup directory has this inode number, which is the kernel's id of it (cgroup v2).
-
-        Walks the host's hierarchy, as its first process sees it: for processes that ended before they were looked at.
-        """
-        looked_at = 0
-        self._known_roots = self._roots()  # they may have been mounted since
-        for root in self._known_roots:
-            waiting = [""]
-            while waiting and looked_at < _CGROUPS:
-                below = waiting.pop()
-                looked_at += 1
-                try:
-                    with os.scandir(root + below) as entries:
-                        for entry in entries:
-                            if not entry.is_dir(follow_symlinks=False):
-                                continue
-                            path = f"{below}/{entry.name}"
-                            if entry.inode() == cgroup_id:
-                                return self.container_of(f"0::{path}".encode("utf-8", "surrogateescape"))
-                            if path.count("/") < _CGROUP_DEPTH:
-                                waiting.append(path)
-                except OSError:
-                    continue  # gone meanwhile, or not ours to read
-        return None
-
-    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
-        """Whether the group in that line of ``/proc/<pid>/cgroup`` has this id.
-
-        None when there is no such directory: it was removed, the path is relative to a cgroup namespace, or v2 is not
-        mounted.
-        """
-        if self._known_roots is None:
-            self._known_roots = self._roots()
-        path = cgroup.partition(b"::")[2].rstrip(b"\n")
-        found = None
-        for root in self._known_roots:
-            with suppress(OSError, ValueError):
-                found = os.stat(os.fsencode(root) + path).st_ino == cgroup_id
-            if found:
-                break
-        return found
 
     def is_current(self, placement: Placement) -> bool:
         """Whether the pod, its container and the rules are still those that a placement was made of."""

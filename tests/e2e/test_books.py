@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import threading
 from pathlib import Path
 
@@ -12,11 +13,14 @@ from agent.kernel.capture import Capture, CaptureSettings
 from tests.collector import Answer, Collector
 from tests.e2e import servers
 from tests.e2e.books import BooksWatcher
+from tests.e2e.cluster import stopped
 from tests.e2e.harness import AgentProcess, curl, free_port, wait_until
 from tests.e2e.load import run_wrk
+from tests.e2e.scripted import connect, request, send_all
 
 REQUESTS = 3000
 CONNECTIONS = 16
+PIPELINED = 200
 MOST_IN_FLIGHT = 3 * REQUESTS
 """Both ends of all of them, as wrk may be done before anything is read, and of those few that it sends beyond."""
 
@@ -141,3 +145,25 @@ def test_no_reading_of_the_kernel_has_more_ended_than_begun(serve, public_path: 
         assert worst == 0
         assert readings > 1000
         assert counters["dropped_state_full"] > 1000, "the test's own premise"
+
+
+def test_pipelined_connections_that_came_and_went_unseen(agent, serve, public_path: Path):
+    """The ring buffer was full for all of most of them, their ends included: none is in flight for ever."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    tracing = agent([port], {"kernel.ring_buffer_bytes": 16 * 1024, "limits.exchange_timeout_seconds": 3})
+    pipelined = request("/status/200") * 2
+    with stopped(tracing):
+        for _ in range(PIPELINED):
+            with connect(port) as connection:
+                send_all(connection, pipelined)
+                connection.shutdown(socket.SHUT_WR)
+                while connection.recv(65536):
+                    pass
+    books = tracing.settle()
+    assert books.in_flight == 0
+    assert books.begun == books.handed_over + sum(books.dropped.values())
+    unseen = books.dropped["stream_lost"] + books.dropped.get("ring_full", 0)
+    assert 4 * PIPELINED >= books.begun >= 2 * PIPELINED
+    assert unseen > PIPELINED, "the test's own premise: most was lost"
+    assert tracing.metrics()["spanloom_kernel_events_total{event=segments_lost}"] > PIPELINED

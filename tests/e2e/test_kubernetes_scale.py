@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 import time
 import uuid
-from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -225,7 +224,7 @@ exec curl -q -s -o /dev/null "$1/status/200?number=$4"
 
 
 def test_two_hundred_pods_in_a_minute(containers, api, in_cluster, start, public_path: Path):
-    """Each pod's few requests are its own, made by processes that end at once, and the pod is deleted right after.
+    """Each pod's few requests are its own, made by processes that end at once; cgroup and pod are removed right then.
 
     Some are known before their first request, some are without the container's id until it has ended, as the kubelet
     is late, and some are told of only when all is over. Nothing of them stays: neither pods nor memory.
@@ -237,7 +236,6 @@ def test_two_hundred_pods_in_a_minute(containers, api, in_cluster, start, public
     api.put(make_pod("staying", "shop", NODE, {"app": staying.id}))
     wait_until(lambda: tracing.metrics()["spanloom_kube_pods"] == 1, tracing.state)
     expected: dict[int, tuple[str, str, str]] = {}
-    removed: deque[Container] = deque()
 
     def live(number: int) -> None:
         """One pod from its beginning to its end."""
@@ -255,9 +253,7 @@ def test_two_hundred_pods_in_a_minute(containers, api, in_cluster, start, public
         if number % 3:
             api.put(pod)
         api.delete("churn", name)
-        removed.append(container)
-        if len(removed) > 20:  # half a second later: a runtime is not that quick with the cgroup either
-            removed.popleft().remove()
+        container.remove()
 
     def churn(numbers: range) -> int:
         with ThreadPoolExecutor(4) as pool:

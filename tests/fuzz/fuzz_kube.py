@@ -48,7 +48,7 @@ def check_pod(item: object) -> None:
     assert pod.uid
     assert pod.name
     assert pod.namespace
-    directory = PodDirectory(RULES, node_name="node", roots=lambda: ())
+    directory = PodDirectory(RULES, node_name="node")
     directory.change("ADDED", item)
     directory.change("MODIFIED", item)
     assert (directory.pods, directory.malformed) == (1, 0)

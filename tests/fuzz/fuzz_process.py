@@ -157,8 +157,9 @@ def check(data: bytes) -> None:
         before = descriptors()
         table = new_table()
         announced, comm = text(files.name[:63]), text(files.comm)
-        info = table.observe(ProcessSeen(PID, START_NS, 1, 0, 1, comm, announced))
+        info = table.observe(ProcessSeen(PID, START_NS, 0, 1, comm, announced, files.cgroup))
         check_info(info)
+        process._shows(files.cgroup, b"0::/a/b\n1:memory:/c\n")
         assert info.alive_when_seen or files.has_own_stat, "a thread's name shifted the fields of stat"
         assert table.vanished == (not info.alive_when_seen)
         if info.alive_when_seen:

@@ -79,7 +79,7 @@ def check_watch(data: bytes) -> None:
     answers = Answers(data[1:], 1 + (choice >> 2) * 7)
     clock = partial(next, itertools.count(0.0, 0.5))
     options = {"clock": clock, "sleep": lambda seconds: None}
-    directory, peers = PodDirectory(PodRules(), node_name="node", roots=lambda: ()), PeerIndex(max_claims=50)
+    directory, peers = PodDirectory(PodRules(), node_name="node"), PeerIndex(max_claims=50)
     if choice & 3 == 0:
         watcher = PodWatcher(answers, "node", directory.replace, directory.change, **options)
     else:

@@ -413,7 +413,7 @@ def test_a_report_that_comes_after_the_end_is_superseded(provisional):
 def test_the_kernel_is_told_once_what_is_selected():
     """A process is decided at its announcement, or at its first exchange when that was lost."""
     bench = Bench(include=["nginx"])
-    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "nginx", "nginx"), ProcessSeen(*BACK, 0, 0, 1, "curl", "curl"))
+    bench.send(ProcessSeen(*FRONT, 0, 1, "nginx", "nginx", b""), ProcessSeen(*BACK, 0, 1, "curl", "curl", b""))
     bench.send(record(1), record(2, process=BACK), record(3, process=BACK), record(4, process=(7, 7)))
     assert bench.spans() == [(1, "")]
     assert bench.pipeline.dropped == {"not_selected": 3}
@@ -449,7 +449,7 @@ def test_decisions_are_bounded():
 def test_an_interleaving_language_has_no_thread_parents():
     """The language of the process decides whether the kernel's parent is believed."""
     bench = Bench()
-    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "node", "node"), ProcessSeen(*BACK, 0, 0, 1, "python3", "python3"))
+    bench.send(ProcessSeen(*FRONT, 0, 1, "node", "node", b""), ProcessSeen(*BACK, 0, 1, "python3", "python3", b""))
     assert bench.pipeline.threads_interleave(FRONT)
     assert not bench.pipeline.threads_interleave(BACK)
     assert not bench.pipeline.threads_interleave((1, 1))
@@ -583,6 +583,64 @@ def test_a_stream_without_a_readable_request_is_lost_once():
     bench.assert_balanced(in_flight=0)
 
 
+def stream_end(connection: int = 50) -> ConnectionClosed:
+    """As the kernel tells of the end of a connection in stream mode."""
+    return ConnectionClosed(4, 1, int(End.CLOSED), int(Flag.STREAM), connection, 0, 3000 * MILLISECOND)
+
+
+def test_a_stream_of_which_only_the_close_came_is_lost():
+    """The ring buffer was full for all of its segments: nothing of it is in flight for ever."""
+    bench = streamed(Bench())
+    bench.assert_balanced(in_flight=1)
+    bench.send(stream_end())
+    assert (bench.spans(), bench.pipeline.dropped["stream_lost"], bench.pipeline.streams) == ([], 1, 0)
+    bench.assert_balanced(in_flight=0)
+    streamed(bench, segment(1, GET, connection=51), segment(2, OK, connection=51), stream_end(51))
+    assert len(bench.spans()) == 1
+    assert bench.pipeline.dropped["stream_lost"] == 1
+    bench.assert_balanced(in_flight=0)
+
+
+def test_an_announced_exchange_of_whose_stream_only_the_close_came():
+    """It was in flight here as reported before, and is lost once."""
+    bench = Bench().send(opened(1, connection_id=50))
+    bench.source.count["streamed"] += 1
+    bench.send(stream_end()).sweep(10_000_000)
+    assert (bench.spans(), bench.pipeline.dropped["stream_lost"], bench.pipeline.pending) == ([], 1, 0)
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_stream_that_is_never_read_expires():
+    """Its close was lost, and what came of it was no request: it is in flight for the limit, and then lost."""
+    bench = streamed(Bench(exchange_timeout_ns=1000 * MILLISECOND), segment(1, GET[:9], time_ns=1000 * MILLISECOND))
+    bench.sweep(999)
+    bench.assert_balanced(in_flight=1)
+    bench.sweep(1)
+    assert bench.pipeline.dropped["stream_lost"] == 1
+    bench.assert_balanced(in_flight=0)
+    bench.send(segment(1, GET, offset=9, time_ns=5000 * MILLISECOND), stream_end()).sweep(10_000)
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_stream_of_which_nothing_can_be_told_is_lost():
+    """Not even its close found room: the kernel counts it."""
+    bench = streamed(Bench())
+    bench.source.count["streams_untold"] += 1
+    assert bench.pipeline.books().dropped["stream_lost"] == 1
+    bench.assert_balanced(in_flight=0)
+
+
+def test_the_close_of_a_stream_that_was_given_up_before_is_no_other_one():
+    """At the bound the oldest was closed early; its own end comes later."""
+    bench = Bench(max_pending=1)
+    streamed(bench, segment(1, GET, connection=1))
+    streamed(bench, segment(1, GET, connection=2))
+    assert bench.pipeline.dropped["stream_lost"] == 1
+    bench.send(stream_end(1))
+    assert bench.pipeline.dropped["stream_lost"] == 1
+    bench.assert_balanced(in_flight=1)
+
+
 def test_what_pipelined_connections_cannot_follow_is_counted_together():
     """By reason, over all connections, those included that are gone."""
     bench = Bench()
@@ -607,13 +665,7 @@ class Cluster:
         self.known, self.selected = False, True
 
     def container_of(self, cgroup: bytes) -> object | None:
-        return None
-
-    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
-        return None
-
-    def container_of_id(self, cgroup_id: int) -> object | None:
-        return "container" if cgroup_id else None
+        return "container" if b"pod" in cgroup else None
 
     def place(self, container: object, declared: object) -> Placement:
         return Placement(container, self.known, self.selected, ())
@@ -627,7 +679,7 @@ def in_pod(**options: object) -> tuple[Bench, Cluster]:
     cluster = Cluster()
     table = ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1", pods=cluster)
     bench = Bench(processes=table, hold=Hold(hold_ns=2000 * MILLISECOND), **options)
-    return bench.send(ProcessSeen(*FRONT, 7, 0, 1, "app", "app")), cluster
+    return bench.send(ProcessSeen(*FRONT, 0, 1, "app", "app", b"0::/pod\n")), cluster
 
 
 def test_spans_are_in_flight_while_their_pod_is_not_known():
@@ -900,7 +952,7 @@ def test_the_books_add_up_at_any_time(actions, ratio, max_pending):
     bench = Bench(
         ratio=ratio, max_pending=max_pending, include=["nginx"], pending_timeout_ns=10**9, exchange_timeout_ns=10**9
     )
-    bench.send(ProcessSeen(*FRONT, 0, 0, 1, "nginx", "nginx"))
+    bench.send(ProcessSeen(*FRONT, 0, 1, "nginx", "nginx", b""))
     machine = Machine(bench)
     for action, connection, fate, then in actions:
         machine.step(action, connection, fate)

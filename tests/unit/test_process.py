@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -61,7 +62,7 @@ def make_table(root: Path, **options: object) -> ProcessTable:
 
 
 def seen(pid: int = 42, start_ns: int = START_NS, comm: str = "nginx", executable: str = "nginx") -> ProcessSeen:
-    return ProcessSeen(pid, start_ns, 1, 0, 1, comm, executable)
+    return ProcessSeen(pid, start_ns, 0, 1, comm, executable, b"")
 
 
 def describe(root: Path, **process: object) -> ProcessInfo:
@@ -605,24 +606,17 @@ def test_selection(include: list[str], exclude: list[str], info: ProcessInfo, se
     assert Selector(include, exclude, own_tgid=1).selects(info) is selected
 
 
-class PodsByNumber:
-    """Pods of which only the numbers of their cgroups are known; counts what it was asked."""
+class FewPods:
+    """Pods with one container each; counts what it was asked."""
 
     def __init__(self) -> None:
-        self.asked: list[int] = []
         self.known = False
         self.version = 1
         self.placed = 0
 
     def container_of(self, cgroup: bytes) -> object | None:
-        return "container" if b"kubepods" in cgroup else None
-
-    def container_of_id(self, cgroup_id: int) -> object | None:
-        self.asked.append(cgroup_id)
-        return "container" if cgroup_id == 7 else None
-
-    def is_id_of(self, cgroup_id: int, cgroup: bytes) -> bool | None:
-        return cgroup == b"0::/kubepods/%d\n" % cgroup_id if b"/kubepods/" in cgroup else None
+        found = re.search(rb"kubepods/(\w+)", cgroup)
+        return found[1] if found else None
 
     def place(self, container: object, declared: object) -> Placement:
         self.placed += 1
@@ -633,56 +627,54 @@ class PodsByNumber:
         return placement.basis == self.version
 
 
-def ended(pid: int, cgroup_id: int) -> ProcessSeen:
-    return ProcessSeen(pid, START_NS, cgroup_id, 0, 1, "curl", "curl")
+def in_pod(number: int) -> bytes:
+    return b"0::/kubepods/%d\n" % number
 
 
-def test_a_process_that_has_ended_is_placed_by_its_cgroup(tmp_path: Path) -> None:
-    """Its directory is gone, the kernel's word is not; each number is asked for once."""
-    pods = PodsByNumber()
-    table = make_table(tmp_path, pods=pods)
-    for pid in (51, 52):
-        info = table.observe(ended(pid, 7))
-        assert info.placement is not None
-        assert not info.is_placed
-    assert table.observe(ended(53, 8)).placement is None
-    assert table.observe(ended(54, 0)).placement is None
-    assert pods.asked == [7, 8]
+def ended(pid: int, cgroup: bytes = in_pod(7)) -> ProcessSeen:
+    return ProcessSeen(pid, START_NS, 0, 1, "curl", "curl", cgroup)
 
 
-def test_what_runs_tells_of_what_has_ended(tmp_path: Path) -> None:
-    """A cgroup that was read once need not be looked for."""
-    pods = PodsByNumber()
-    make_process(tmp_path, cgroup=b"0::/kubepods/9\n")
-    table = make_table(tmp_path, pods=pods)
-    table.observe(msgspec.structs.replace(seen(), cgroup_id=9))
-    assert table.observe(ended(51, 9)).placement is not None
-    assert pods.asked == []
+def running(cgroup: bytes, executable: str = "nginx") -> ProcessSeen:
+    return msgspec.structs.replace(seen(executable=executable), cgroup=cgroup)
+
+
+def test_a_process_that_has_ended_is_placed_by_what_the_kernel_told(tmp_path: Path) -> None:
+    """Its directory is gone, and so may be its cgroup; the kernel's word is not."""
+    table = make_table(tmp_path, pods=FewPods())
+    info = table.observe(ended(51))
+    assert info.placement is not None
+    assert not info.is_placed
+    shared = b"0::/system.slice/containerd.service\n"
+    assert table.observe(ended(52, shared + b"1:memory:/kubepods/7\n")).placement is not None
+    assert table.observe(ended(53, b"0::/system.slice/cron.service\n")).placement is None
+    assert table.observe(ended(54, shared + b"1:memory:/\n")).placement is None
+    assert table.observe(ended(55, b"")).placement is None
 
 
 def test_processes_of_one_container_share_what_its_pod_says(tmp_path: Path) -> None:
     """However many end one after the other; those that declare something else of themselves do not."""
-    pods = PodsByNumber()
-    make_process(tmp_path, cgroup=b"0::/kubepods/7\n", environ=b"OTEL_SERVICE_NAME=own\0")
+    pods = FewPods()
+    make_process(tmp_path, cgroup=in_pod(7), environ=b"OTEL_SERVICE_NAME=own\0")
     table = make_table(tmp_path, pods=pods)
-    first, second = table.observe(ended(51, 7)), table.observe(ended(52, 7))
+    first, second = table.observe(ended(51)), table.observe(ended(52))
     assert first.placement is second.placement
     of_pod = [pair for pair in first.resource if pair[0] == "k8s.pod.name"]
     assert of_pod[0] is next(pair for pair in second.resource if pair[0] == "k8s.pod.name")
-    table.observe(msgspec.structs.replace(seen(), cgroup_id=7))
+    table.observe(running(in_pod(7)))
     assert pods.placed == 2
     pods.version, pods.known = 2, True
     assert len(table.refresh()) == 3
     assert pods.placed == 4
-    assert table.observe(ended(53, 7)).placement is table.get((51, START_NS)).placement
+    assert table.observe(ended(53)).placement is table.get((51, START_NS)).placement
 
 
 def test_what_was_known_of_a_pod_stays_known(tmp_path: Path) -> None:
     """A pod that went is forgotten at last; its processes are none without a pod for that."""
-    pods = PodsByNumber()
+    pods = FewPods()
     pods.known = True
     table = make_table(tmp_path, pods=pods)
-    before = table.observe(ended(51, 7))
+    before = table.observe(ended(51))
     pods.version, pods.known = 2, False
     assert table.refresh() == []
     assert table.get(before.key).resource == before.resource
@@ -692,39 +684,47 @@ def test_what_was_known_of_a_pod_stays_known(tmp_path: Path) -> None:
 
 
 def test_who_is_in_another_container_is_another_process(tmp_path: Path) -> None:
-    """Whoever has the pid within the same clock tick tells nothing of itself, and nothing of the first one's cgroup."""
-    pods = PodsByNumber()
-    make_process(tmp_path, exe="/opt/other", cgroup=b"0::/kubepods/9\n", environ=b"OTEL_SERVICE_NAME=other\0")
-    table = make_table(tmp_path, pods=pods)
-    info = table.observe(msgspec.structs.replace(seen(), cgroup_id=8))
+    """Whoever has the pid within the same clock tick tells nothing of itself."""
+    make_process(tmp_path, exe="/opt/other", cgroup=in_pod(9), environ=b"OTEL_SERVICE_NAME=other\0")
+    table = make_table(tmp_path, pods=FewPods())
+    info = table.observe(running(b"0::/system.slice/cron.service\n"))
     assert (info.placement, info.own_name, info.executable_path, info.declared) == (None, "nginx", "", ())
-    assert table.observe(ended(51, 8)).placement is None
-    assert pods.asked == [8]
-    own = table.observe(msgspec.structs.replace(seen(executable="other"), cgroup_id=9))
+    own = table.observe(running(in_pod(9), "other"))
     assert (own.placement is not None, own.service_name) == (True, "other")
+
+
+@pytest.mark.parametrize(
+    ("cgroup", "told", "container"),
+    [
+        (b"0::/\n", b"0::/kubepods/7\n", b"7"),
+        (b"0::/../9\n", b"0::/kubepods/9\n", b"9"),
+        (b"0::/../../kubepods/9\n", b"0::/node.scope/kubepods/9\n", b"9"),
+        (b"0::/kubepods/9 (deleted)\n", b"0::/kubepods/9\n", b"9"),
+        (b"0::/kubepods/9\n", b"", b"9"),
+        (b"12:cpu:/\n4:hugetlb,memory:/../9\n0::/\n", b"0::/\n1:memory:/kubepods/9\n", b"9"),
+        (b"0::/session.scope\n", b"0::/system.slice\n", None),
+    ],
+)
+def test_a_cgroup_namespace_hides_what_the_kernel_tells(
+    tmp_path: Path, cgroup: bytes, told: bytes, container: bytes | None
+) -> None:
+    """A process is itself however its path is shown; what the root sees of it counts."""
+    make_process(tmp_path, exe="/opt/app", cgroup=cgroup)
+    info = make_table(tmp_path, pods=FewPods()).observe(running(told, "app"))
+    assert info.alive_when_seen
+    assert (info.placement.container if info.placement is not None else None) == container
 
 
 def test_a_process_that_ends_while_it_is_read_keeps_its_pod(tmp_path: Path) -> None:
     """Its directory was opened and tells nothing any more; the kernel's word is as good as if it had ended before."""
-    pods = PodsByNumber()
     (make_process(tmp_path) / "cgroup").unlink()
-    info = make_table(tmp_path, pods=pods).observe(msgspec.structs.replace(seen(), cgroup_id=7))
+    info = make_table(tmp_path, pods=FewPods()).observe(running(in_pod(7)))
     assert info.placement is not None
-
-
-@pytest.mark.parametrize("unified", [b"0::/\n", b"0::/system.slice/containerd.service\n", b""])
-def test_a_shared_cgroup_tells_of_nobody(tmp_path: Path, unified: bytes) -> None:
-    """Beside cgroup v1, many containers are in one group of v2: what ended there is not another one's."""
-    pods = PodsByNumber()
-    make_process(tmp_path, cgroup=b"4:memory:/kubepods/x\n" + unified)
-    table = make_table(tmp_path, pods=pods)
-    assert table.observe(msgspec.structs.replace(seen(), cgroup_id=9)).placement is not None
-    assert table.observe(ended(51, 9)).placement is None
 
 
 def test_processes_follow_what_becomes_known_of_their_pods(tmp_path: Path) -> None:
     """Only those of which something is different are told of."""
-    pods = PodsByNumber()
+    pods = FewPods()
     make_process(tmp_path, cgroup=b"0::/kubepods/x\n")
     make_process(tmp_path, 43)
     table = make_table(tmp_path, pods=pods)

@@ -69,7 +69,7 @@ def methods(spans: dict[int, Span]) -> dict[int, str]:
 
 def prove_threads(stitcher: Stitcher, process: tuple[int, int] = FRONT) -> None:
     """Let a process answer on the threads that read the requests until it is believed to do so always."""
-    for number in range(Stitcher._PROOFS):
+    for number in range(Stitcher._PROOFS + 1):  # at the same time: the first has no other before it
         stitcher.add(*served(1_000_000 + number, process=process))
     stitcher.take()
 
@@ -473,6 +473,28 @@ def test_a_process_that_is_not_known_yet_is_believed_when_the_answers_of_its_tim
     stitcher.advance(1700 * MILLISECOND, 1700 * MILLISECOND)
     found = {span.span_id: span.parent_span_id for span in stitcher.take()}
     assert found == {id_bytes(5): b"", id_bytes(2): id_bytes(1)}
+
+
+def test_lone_requests_prove_nothing():
+    """A pool whose threads take up each other's work only under load answered many lone requests on the reading thread.
+
+    Then the first requests that overlap come: 1 is read by the front's thread, which goes on with 2 that another one
+    read, makes the call for it, and answers 1 first, by chance. The answer of 2 shows what the call must not be.
+    """
+    stitcher = make_stitcher()
+    for number in range(10 * Stitcher._PROOFS):
+        stitcher.add(*served(1_000_000 + number, start=10 * number, end_ms=10 * number + 9))
+    stitcher.advance(9000 * MILLISECOND, 9000 * MILLISECOND)
+    stitcher.take()
+    stitcher.announce(exchange(2, start=9001, end=int(End.OPEN), response_start_ns=0, response_end_ns=0), call())
+    stitcher.add(*called(3, thread=1, start=9003, end_ms=9004))
+    stitcher.add(*served(1, start=9002, end_ms=9005))
+    for now in (9100, 9300, 9500):
+        stitcher.advance(now * MILLISECOND, now * MILLISECOND)
+    stitcher.add(exchange(2, start=9001, end_ms=9600, request_tid=8, response_tid=100), call())
+    stitcher.advance(FAR_NS, FAR_NS)
+    found = {span.span_id: span for span in stitcher.take()}
+    assert found[id_bytes(3)].parent_span_id == b""
 
 
 def test_a_process_that_hands_requests_on_is_not_believed_by_chance():

@@ -55,14 +55,32 @@ def test_an_exchange_is_read_member_by_member():
 
 def test_a_process_is_read_with_its_names():
     """Names end at their first NUL, and what is no UTF-8 is replaced."""
-    data = PROCESS.pack(2, 42, 2**63, 7, 1000, 1, b"nginx\0garbage", b"n\xffx" + bytes(61))
-    assert decode(data) == [ProcessSeen(42, 2**63, 7, 1000, 1, "nginx", "n\ufffdx")]
+    data = PROCESS.pack(2, 0, 0, 42, 2**63, 1000, 1, b"nginx\0garbage", b"n\xffx" + bytes(61))
+    assert decode(data) == [ProcessSeen(42, 2**63, 1000, 1, "nginx", "n\ufffdx", b"")]
 
 
 def test_a_name_may_fill_its_place():
     """A name of 16 and one of 64 bytes have no NUL."""
-    [found] = decode(PROCESS.pack(2, 1, 2, 3, 4, 5, b"c" * 16, b"e" * 64))
+    [found] = decode(PROCESS.pack(2, 0, 0, 1, 2, 3, 4, b"c" * 16, b"e" * 64))
     assert (found.comm, found.executable) == ("c" * 16, "e" * 64)
+
+
+@pytest.mark.parametrize(
+    ("unified", "memory", "text"),
+    [
+        (b"", b"", b""),
+        (b"\0", b"", b"0::/\n"),
+        (b"app.scope\0a b.slice\0\0", b"", b"0::/a b.slice/app.scope\n"),
+        (b"\0", b"id\0pod1\0kubepods\0\0", b"0::/\n1:memory:/kubepods/pod1/id\n"),
+        (b"", b"id\0\0", b"1:memory:/id\n"),
+    ],
+)
+def test_the_names_of_cgroups_are_read_as_paths(unified: bytes, memory: bytes, text: bytes):
+    """They come from the cgroup upwards; a single 0 is the root, nothing at all is what the kernel could not tell."""
+    head = PROCESS.pack(2, len(unified), len(memory), 1, 2, 3, 4, b"c", b"e")
+    found = decode(head + unified + memory, CLOSE.pack(4, 1, 5, 0, 1, 2, 3))
+    assert found[0].cgroup == text
+    assert len(found) == 2
 
 
 def test_a_segment_is_read_with_its_data():
@@ -120,7 +138,10 @@ EXCHANGES = st.builds(
     st.binary(max_size=40),
 )
 NAMES = st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=16)
-PROCESSES = st.builds(ProcessSeen, U32, U64, U64, U32, U32, NAMES, NAMES)
+CGROUPS = st.sampled_from(
+    (b"", b"0::/\n", b"0::/system.slice/a b.service\n", b"0::/\n1:memory:/kubepods/pod1/id\n", b"0::/x\n1:memory:/\n")
+)
+PROCESSES = st.builds(ProcessSeen, U32, U64, U32, U32, NAMES, NAMES, CGROUPS)
 SEGMENTS = st.builds(
     lambda numbers, length, small, ports, local, remote, data: Segment(
         3, 1, 2, len(data), *numbers, length, *small, *ports, local, remote, data

@@ -19,7 +19,9 @@ _STRUCTS = {
         "response_bytes:8 tgid:4 request_tid:4 response_tid:4 netns:4 local_port:2 remote_port:2 request_captured:2 "
         "response_captured:2 local_address:16a remote_address:16a tail:8a"
     ),
-    "record_process": "kind:2 _pad:2a tgid:4 start_ns:8 cgroup_id:8 uid:4 ppid:4 comm:16a executable:64a",
+    "record_process": (
+        "kind:2 cgroup_bytes:2 memory_cgroup_bytes:2 _pad:6a tgid:4 start_ns:8 uid:4 ppid:4 comm:16a executable:64a"
+    ),
     "record_segment": (
         "kind:2 role:1 direction:1 captured:4 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 tgid:4 "
         "tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
@@ -34,14 +36,14 @@ _ENUMS = {
     "counter": (
         "COUNTER_",
         0,
-        "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMED REEMITTED REEMIT_LOST "
-        "SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL ENDPOINT_FULL IGNORED_TLS "
-        "IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT",
+        "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMS_UNTOLD STREAMED "
+        "REEMITTED REEMIT_LOST SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL "
+        "ENDPOINT_FULL IGNORED_TLS IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT",
     ),
 }
 _FLAGS = (
     "FIRST REQUEST_TRUNCATED RESPONSE_TRUNCATED TAIL_VALID PEER_CLOSED CLIENT_ONLY PROCESS_UNKNOWN INTERIM REQUEST_GAP "
-    "FOREIGN"
+    "FOREIGN STREAM"
 )
 
 
@@ -68,7 +70,7 @@ DESCRIPTIONS = {
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
 
 EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
-PROCESS = struct.Struct("<H2xIQQII16s64s")
+PROCESS = struct.Struct("<HHH6xIQII16s64s")
 SEGMENT = struct.Struct("<HBBI5Q3IHH16s16s")
 CLOSE = struct.Struct("<HBBIQQQ")
 
@@ -84,11 +86,18 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
             members = [member.partition(":")[0] for member in _STRUCTS["record_exchange"].split()]
             return EXCHANGE.pack(*(known[member] for member in members)) + record.request + record.response
         case ProcessSeen():
-            return PROCESS.pack(2, *values[:-2], record.comm.encode(), record.executable.encode())
+            names = [_names(line.split(b"/")[1:]) for line in record.cgroup.splitlines()] + [b"", b""]
+            sizes = [len(names[0]), len(names[1])]
+            head = PROCESS.pack(2, *sizes, *values[:-3], record.comm.encode(), record.executable.encode())
+            return head + b"".join(names)
         case Segment():
             return SEGMENT.pack(*values[:-1]) + record.data
         case ConnectionClosed():
             return CLOSE.pack(*values)
+
+
+def _names(path: list[bytes]) -> bytes:
+    return b"".join(name + b"\0" for name in reversed(path) if name) + b"\0"
 
 
 def batch(pieces: Sequence[bytes]) -> tuple[bytes, list[int]]:
