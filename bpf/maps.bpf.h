@@ -205,7 +205,7 @@ struct segment_scratch {
 struct process_scratch {
 	__u64 names_bytes;
 	struct record_process record;
-	char names[CGROUP_NAMES_CAP + CGROUP_NAME_MAX];
+	char names[2 * CGROUP_NAMES_CAP]; /* a power of two */
 };
 
 /* Per-CPU space to build the record of a process. */

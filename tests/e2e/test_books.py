@@ -148,7 +148,7 @@ def test_no_reading_of_the_kernel_has_more_ended_than_begun(serve, public_path: 
 
 
 def test_pipelined_connections_that_came_and_went_unseen(agent, serve, public_path: Path):
-    """The ring buffer was full for all of most of them, their ends included: none is in flight for ever."""
+    """Nearly all that was sent of them, their ends included, found the ring buffer full: none is in flight for ever."""
     port = free_port()
     serve(servers.nginx(port, public_path), port)
     tracing = agent([port], {"kernel.ring_buffer_bytes": 16 * 1024, "limits.exchange_timeout_seconds": 3})
