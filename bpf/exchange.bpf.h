@@ -143,17 +143,21 @@ static __always_inline void push_tail(struct connection *connection, __u64 buffe
 static __always_inline __u32 copy_piece(struct connection *connection, __u32 limit, __u64 buffer, __u64 length)
 {
 	__u64 offset = unfollowed(connection->data_length);
-	__u64 piece;
+	__u64 piece, at;
 
-	if (offset >= limit || offset >= request_cap + response_cap)
+	if (offset >= limit)
 		return 0;
 	piece = limit - offset;
 	if (length < piece)
 		piece = length;
 	if (piece > COPY_SLACK)
 		piece = COPY_SLACK;
+	/* Bounds next to their use, of values that live no longer: kernels before 6.8 forget those of what is put aside. */
+	at = offset;
+	opaque(at);
 	opaque(piece);
-	if (piece > COPY_SLACK || bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
+	if (at >= request_cap + response_cap || piece > COPY_SLACK ||
+	    bpf_probe_read_user(connection->data + at, piece, (void *)buffer))
 		return 0;
 	connection->data_length = offset + piece;
 	return piece;
@@ -551,18 +555,20 @@ static __always_inline __u16 tell_names(struct process_scratch *scratch, struct 
 	__u64 start = scratch->names_bytes;
 
 	for (int i = 0; i <= CGROUP_LEVELS; i++) {
+		const char *name = BPF_CORE_READ(cgroup, kn, name);
+		bool is_root = !BPF_CORE_READ(cgroup, level);
 		__u64 at = unfollowed(scratch->names_bytes);
 		long length;
 
-		opaque(at);
+		opaque(at); /* no call between the bound and its use, see emit() */
 		if (at > CGROUP_NAMES_CAP)
 			break;
-		if (!BPF_CORE_READ(cgroup, level)) {
+		if (is_root) {
 			scratch->names[at] = 0;
 			scratch->names_bytes = at + 1;
 			return at + 1 - start;
 		}
-		length = bpf_probe_read_kernel_str(scratch->names + at, CGROUP_NAME_MAX, BPF_CORE_READ(cgroup, kn, name));
+		length = bpf_probe_read_kernel_str(scratch->names + at, CGROUP_NAME_MAX, name);
 		if (length <= 1)
 			break;
 		scratch->names_bytes = at + length;

@@ -154,12 +154,18 @@ def disk() -> Path:
     return image
 
 
-def job(path: Path) -> None:
-    """What the guest runs: the kernel stage, the objects, and what they import."""
+def job(path: Path, objects: Path) -> None:
+    """What the guest runs: the kernel stage, the objects of a directory, and what they import."""
     site = next((ROOT / ".venv/lib").glob("python3*/site-packages"))
     with tarfile.open(path, "w") as archive:
         for part in ("agent", "tests/vm"):
-            archive.add(ROOT / part, part, filter=lambda entry: None if "__pycache__" in entry.name else entry)
+            archive.add(
+                ROOT / part,
+                part,
+                filter=lambda entry: None if "__pycache__" in entry.name or entry.name.endswith(".bpf.o") else entry,
+            )
+        for part in objects.glob("*.bpf.o"):
+            archive.add(part, f"agent/kernel/{part.name}")
         for part in [site / "cffi", site / "msgspec", *site.glob("_cffi_backend*")]:
             archive.add(part, part.name)
     with path.open("ab") as file:
@@ -167,9 +173,10 @@ def job(path: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    if len(arguments) != 1 or arguments[0] not in SUITES:
-        print(f"usage: tools/vm.py {'|'.join(SUITES)}", file=sys.stderr)
+    if len(arguments) not in (1, 2) or arguments[0] not in SUITES:
+        print(f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS]", file=sys.stderr)
         return 2
+    objects = Path(arguments[1]) if len(arguments) == 2 else ROOT / "agent/kernel"
     CACHE.mkdir(parents=True, exist_ok=True)
     os.environ["PATH"] += ":/usr/sbin:/sbin"
     install_tools()
@@ -177,7 +184,7 @@ def main(arguments: list[str]) -> int:
     root = disk()
     with tempfile.TemporaryDirectory() as folder:
         tape, console = Path(folder) / "job.tar", Path(folder) / "console"
-        job(tape)
+        job(tape, objects)
         command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]
         command += ["-nodefaults", "-display", "none", "-no-reboot", "-nic", "none", "-serial", f"file:{console}"]
         command += ["-kernel", str(image), "-initrd", str(initial)]
