@@ -26,6 +26,10 @@ CONFIRM_SECONDS = 1.0
 """A changed file is read once more after this time: two writes of equal size within one tick of the kernel's file clock
 (10 ms at most on local file systems) cannot be told apart by what ``stat`` says."""
 
+RETRY_SECONDS = 10.0
+"""A file that is right by itself and could not be put into effect is tried again: a certificate that it names may be
+there by then, as the volumes of a pod are not renewed at one moment."""
+
 _GONE = (ENOENT, ENOTDIR)
 
 FIXED_AT_START: dict[str, str] = {
@@ -96,6 +100,7 @@ class ConfigFile:
         self._signature: tuple[object, ...] | None = signature  # None: read at the next poll, whatever stat says
         self._data: bytes | None = data  # what was judged last
         self._confirm_at = time.monotonic() + CONFIRM_SECONDS
+        self._retry_at = math.inf
         self.last_reload_successful = True
         self.last_reload_success_unix = time.time()
 
@@ -106,7 +111,8 @@ class ConfigFile:
         raises ConfigError, having changed nothing, the file is refused like any other.
 
         Each refusal is returned once: for a bad content when it appears, for a file that is gone or unreadable when it
-        begins to be. Reading a changed file takes milliseconds, and about a second for a hostile one.
+        begins to be. What ``apply`` refused is offered to it again every ``RETRY_SECONDS``. Reading a changed file
+        takes milliseconds, and about a second for a hostile one.
         """
         if not self._is_polled:
             return None
@@ -114,7 +120,7 @@ class ConfigFile:
         try:
             signature = self._look()
             is_known = signature == self._signature
-            if is_known and now < self._confirm_at:
+            if is_known and now < min(self._confirm_at, self._retry_at):
                 return None
             data = self._read()
         except OSError as error:
@@ -127,7 +133,7 @@ class ConfigFile:
             return self._refuse(message) if message != self._problem else None
         self._signature = signature
         self._confirm_at = math.inf if is_known else now + CONFIRM_SECONDS
-        if data == self._data:
+        if data == self._data and now < self._retry_at:
             self.reloads["unchanged"] += not is_known
             return None
         try:
@@ -137,7 +143,7 @@ class ConfigFile:
         if not self._still_is(data):
             self._signature = None  # It changed while it was read: the next poll tells.
             return None
-        self._data = data
+        is_retry, self._data, self._retry_at = data == self._data, data, math.inf
         if isinstance(outcome, ConfigError):
             return self._refuse(self._with_file(str(outcome)))
         changed = changed_keys(self.config, outcome)
@@ -145,7 +151,9 @@ class ConfigFile:
             try:
                 apply(outcome)
             except ConfigError as error:
-                return self._refuse(self._with_file(str(error)))
+                self._retry_at = now + RETRY_SECONDS
+                message = self._with_file(str(error))
+                return self._refuse(message) if not is_retry or message != self._problem else None
         return self._accept(outcome, changed)
 
     def _accept(self, config: Config, changed: tuple[str, ...]) -> Loaded:

@@ -726,6 +726,33 @@ def test_what_cannot_be_put_into_effect_is_refused(mount):
     assert tried == [0.25, 0.75]
 
 
+def test_what_could_not_be_put_into_effect_is_tried_again(mount, clock):
+    """The volume with the certificate may be renewed after the one with the configuration; each reason is told once."""
+    file = ConfigFile(mount.path, (), {})
+    problems = ["no certificate", "no certificate", "no key", ""]
+
+    def apply(config: Config) -> None:
+        if problem := problems.pop(0):
+            raise ConfigError(problem)
+
+    mount.update(OTHER)
+    assert isinstance(file.poll(apply), Refused)
+    clock.now += live.RETRY_SECONDS - 0.1
+    assert file.poll(apply) is None
+    assert len(problems) == 3
+    clock.now += 0.1
+    assert file.poll(apply) is None, "the reason is the same"
+    assert len(problems) == 2
+    clock.now += live.RETRY_SECONDS
+    assert "no key" in file.poll(apply).message
+    assert not file.last_reload_successful
+    clock.now += live.RETRY_SECONDS
+    assert file.poll(apply) == Loaded(file.config, ("sampling.ratio",))
+    assert (file.config.sampling.ratio, file.last_reload_successful, problems) == (0.25, True, [])
+    clock.now += 2 * live.RETRY_SECONDS
+    assert file.poll(apply) is None
+
+
 @pytest.mark.parametrize(("keys", "is_live"), [(LIVE, True), (FIXED, False)], ids=["live", "fixed"])
 def test_which_settings_are_live(keys, is_live):
     """The promise of the documentation, key by key."""
