@@ -131,6 +131,7 @@ class Watcher:
         self._failure_backoff = _Backoff(settings)
         self._relist_backoff = _Backoff(settings)
         self._state = "new"
+        self._forbidden_after: float | None = None  # the last success before the server forbade something
 
         self.lists = 0
         """Lists that were handed to ``on_replace``, of however many pages."""
@@ -352,11 +353,17 @@ class Watcher:
         """Count, say it once, and return how long to wait."""
         self.failures[error.reason] += 1
         self.connected = False
-        values: dict[str, object] = {"status": error.status} if error.status else {}
-        values["watch"] = self._watched.noun
-        self._enter(
-            error.reason, logging.WARNING, "kube_unavailable", reason=error.reason, error=error.message, **values
-        )
+        # An API server that has just started forbids everything until it has read the roles. Who was allowed before is
+        # told of a missing rule when it is missing the second time.
+        may_be_starting = error.reason == "forbidden" and self._forbidden_after != self.last_success
+        if error.reason == "forbidden":
+            self._forbidden_after = self.last_success
+        if not may_be_starting:
+            values: dict[str, object] = {"status": error.status} if error.status else {}
+            values["watch"] = self._watched.noun
+            self._enter(
+                error.reason, logging.WARNING, "kube_unavailable", reason=error.reason, error=error.message, **values
+            )
         delay_seconds = self._failure_backoff.next_seconds()
         if error.retry_after_seconds:
             asked_seconds = min(error.retry_after_seconds, _MAX_RETRY_AFTER_SECONDS)

@@ -531,6 +531,26 @@ def test_403_says_what_is_missing_once(server, watching, caplog, verb):
     )
 
 
+def test_403_of_a_server_that_has_just_started(server, watching, caplog):
+    """It has not read the roles yet: counted, and no warning of a rule that is there. Later ones are told again."""
+    with caplog.at_level(logging.INFO, "spanloom.kube"):
+        watcher, seen = watching(server)
+        assert eventually(lambda: watcher.connected)
+        for number in (1, 2):
+            server.fail_next(Failure(status=403))
+            server.drop_connections()
+            assert eventually(lambda number=number: watcher.failures["forbidden"] == number)
+            server.put(make_pod(f"after-{number}"))
+            assert seen.wait_for(lambda seen, number=number: f"after-{number}" in seen.pods)
+        assert [record.getMessage() for record in caplog.records] == ["kube_connected"]
+        server.fail_next(Failure(status=403), Failure(status=403))
+        server.drop_connections()
+        assert eventually(lambda: len(caplog.records) == 3)
+    assert [record.getMessage() for record in caplog.records[1:]] == ["kube_unavailable", "kube_connected"]
+    assert caplog.records[1].fields["reason"] == "forbidden"
+    assert watcher.failures["forbidden"] == 4
+
+
 def test_retry_after_is_honoured(server, watching):
     server.fail_next(Failure(status=429, retry_after="7"))
     naps = Naps()
