@@ -13,7 +13,7 @@ BIN       := .venv/bin
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Ibpf -I/usr/include/$(ARCH)-linux-gnu \
              -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror
 
-.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart lock image vm clean
+.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart lock image vm real clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -77,6 +77,9 @@ image: ## build the container image with docker or buildah
 
 vm: setup ## load the probes in a stock kernel under QEMU (root): KERNEL=5.10, 6.1, 6.12 or sid
 	$(PYTHON) tools/vm.py $(or $(KERNEL),5.10)
+
+real: setup .venv/.test-ready ## the chart and the agent with a real API server and a real Jaeger (root, Go)
+	$(PYTHON) tools/real.py $(ARGS)
 
 clean: ## remove everything that was built
 	rm -rf .venv build *.egg-info agent/kernel/*.bpf.o agent/kernel/*.so bench/*.bpf.o

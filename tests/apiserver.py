@@ -302,7 +302,7 @@ class ApiServer:
         """Mount a service account there as the kubelet does; its token is accepted. Returns the directory."""
         self._accounts[directory] = namespace
         self._account_token = self._account_token or self.new_token()
-        _write_volume(directory, self._volume(namespace))
+        write_volume(directory, self._volume(namespace))
         return directory
 
     def new_token(self) -> str:
@@ -320,7 +320,7 @@ class ApiServer:
         """Swap the mounted token the way the kubelet does, and accept the old one no longer."""
         old, self._account_token = self._account_token, self.new_token()
         for directory, namespace in self._accounts.items():
-            _write_volume(directory, self._volume(namespace))
+            write_volume(directory, self._volume(namespace))
         if revoke_old:
             self.tokens.discard(old)
         return self._account_token
@@ -805,7 +805,7 @@ def _line(kind: str, thing: Json) -> bytes:
     return json.dumps({"type": kind, "object": thing}, separators=(",", ":")).encode() + b"\n"
 
 
-def _write_volume(directory: Path, files: Mapping[str, str]) -> None:
+def write_volume(directory: Path, files: Mapping[str, str]) -> None:
     """As the kubelet's atomic writer: a new directory, then ``..data`` is swapped in one rename."""
     directory.mkdir(parents=True, exist_ok=True)
     data = directory / f"..{time.strftime('%Y_%m_%d_%H_%M_%S')}.{secrets.randbelow(10**9)}"

@@ -11,6 +11,9 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 # Errors are asserted on; gRPC's own log lines about ends of connections are noise.
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
+# Needs programs that take minutes to build: `make real`.
+collect_ignore = [] if os.environ.get("SPANLOOM_REAL") else ["real"]
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
