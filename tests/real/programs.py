@@ -206,6 +206,10 @@ class ControlPlane:
     # -- requests as the administrator
 
     def _open(self, method: str, path: str, body: Json | None = None, kind: str = "application/json") -> bytes:
+        return self._exchange(method, path, body, kind)[0]
+
+    def _exchange(self, method: str, path: str, body: Json | None, kind: str) -> tuple[bytes, list[str]]:
+        """The answer and the server's warnings."""
         request = urllib.request.Request(
             f"https://{self.host}:{self.port}{path}",
             method=method,
@@ -217,7 +221,7 @@ class ControlPlane:
         )
         try:
             with opener.open(request, timeout=REQUEST_SECONDS) as response:
-                return response.read()
+                return response.read(), response.headers.get_all("Warning") or []
         except urllib.error.HTTPError as error:
             with error:
                 raise RefusedError(error.code, error.read().decode("utf-8", "replace")[:2000]) from None
@@ -239,6 +243,17 @@ class ControlPlane:
 
     def create(self, path: str, thing: Json) -> Json:
         return json.loads(self._open("POST", path, thing))
+
+    def try_strictly(self, thing: Json) -> list[str]:
+        """Have an object validated and admitted, unknown fields refused, and not stored; the server's warnings."""
+        version = thing["apiVersion"]
+        prefix = f"/apis/{version}" if "/" in version else f"/api/{version}"
+        [resource] = [
+            one for one in self.get(prefix)["resources"] if one["kind"] == thing["kind"] and "/" not in one["name"]
+        ]
+        namespace = f"/namespaces/{thing['metadata']['namespace']}" if resource["namespaced"] else ""
+        path = f"{prefix}{namespace}/{resource['name']}?dryRun=All&fieldValidation=Strict"
+        return self._exchange("POST", path, thing, "application/json")[1]
 
     def patch(self, path: str, change: Mapping[str, Any]) -> Json:
         return json.loads(self._open("PATCH", path, dict(change), "application/merge-patch+json"))

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
+
 import pytest
 import yaml
 
 from tests.chart.conftest import CI_FILES, values_of
+from tests.chart.engine import Engine
+from tests.chart.manifests import objects_of
 from tests.e2e.harness import wait_until
 from tests.real.cluster import Release
 from tests.real.programs import ControlPlane
+
+_numbers = itertools.count(1)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    running = Engine()
+    yield running
+    running.close()
 
 
 @pytest.mark.parametrize("path", CI_FILES, ids=lambda path: path.name.removesuffix("-values.yaml"))
@@ -28,6 +42,19 @@ def test_every_object_is_accepted(plane: ControlPlane, install, path):
     before = release.daemonset()["metadata"]["generation"]
     release.act("upgrade", values)
     assert release.daemonset()["metadata"]["generation"] == before
+
+
+@pytest.mark.parametrize("path", CI_FILES, ids=lambda path: path.name.removesuffix("-values.yaml"))
+def test_no_object_is_warned_of(plane: ControlPlane, engine: Engine, pod_monitors: None, path):
+    """No field that the server does not know, nothing deprecated; the pod of ``helm test`` as well."""
+    plane.create_namespace(namespace := f"strict-{next(_numbers)}")
+    objects = objects_of(engine.render(values_of(path)))
+    for thing in objects:
+        if "namespace" in thing["metadata"]:
+            thing["metadata"]["namespace"] = namespace
+        assert not plane.try_strictly(thing), thing["kind"]
+    if values_of(path).get("service", {}).get("enabled", True):
+        assert "Pod" in [thing["kind"] for thing in objects]
 
 
 def test_uninstall_leaves_nothing(plane: ControlPlane):
