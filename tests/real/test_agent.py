@@ -19,6 +19,8 @@ from tests.e2e.test_live import MountedFile, change, events
 from tests.real.cluster import IMAGE
 from tests.real.programs import NODE, ControlPlane, Json
 
+CHURNING_PODS = 100
+
 
 def test_pods_are_named(install, as_pod, application):
     """Listed, seen when they come, change and go; with every attribute that the server's own object gives."""
@@ -139,18 +141,37 @@ def test_the_past_is_forgotten(plane: ControlPlane, install, as_pod, application
     assert [said["reason"] for said in events(tracing, "kube_unavailable")] == ["connect"], tracing.stderr()
 
 
-def test_bookmarks(plane: ControlPlane, install, as_pod, application):
-    """About once a minute, if the pods of other nodes change: the version that the agent knows stays young."""
-    elsewhere = application("elsewhere")
-    tracing = as_pod(install().pod(), [elsewhere.port])
+def test_bookmarks(install, as_pod):
+    """They come about once a minute although nothing happens."""
+    tracing = as_pod(install().pod(), [free_port()])
     wait_until_connected(tracing)
     taken = tracing.metrics()["spanloom_kube_events_total"]
-    elsewhere.create("node-b")
     wait_until(lambda: tracing.metrics()["spanloom_kube_events_total"] > taken, tracing.state, 100, 1.0)
     metrics = tracing.metrics()
     assert metrics["spanloom_kube_objects_malformed_total"] == 0
     assert metrics["spanloom_kube_relists_total"] == 0, tracing.state()
     assert not [name for name in metrics if name.startswith("spanloom_kube_failures_total")]
+
+
+def test_many_pods_come_and_go(plane: ControlPlane, install, as_pod, application):
+    """Hundreds of changes in seconds: the agent ends up with the pods that there are, from the one watch."""
+    app = application("stays")
+    app.begin()
+    tracing = as_pod(install().pod(), [app.port])
+    wait_until_connected(tracing)
+    before = tracing.metrics()["spanloom_kube_pods"]
+    others = [application(f"other-{number}") for number in range(CHURNING_PODS)]
+    for one_ in others:
+        one_.create()
+        one_.report()
+    wait_until(lambda: tracing.metrics()["spanloom_kube_pods"] == before + CHURNING_PODS, tracing.state)
+    for one_ in others:
+        plane.delete(one_.path)
+    wait_until(lambda: tracing.metrics()["spanloom_kube_pods"] == before, tracing.state)
+    assert app.is_complete(app.request(tracing))
+    metrics = tracing.metrics()
+    assert metrics["spanloom_kube_events_total"] >= 3 * CHURNING_PODS
+    assert (metrics["spanloom_kube_requests_total{kind=watch}"], metrics["spanloom_kube_relists_total"]) == (1, 0)
 
 
 POD_ADDRESS = "10.244.1.17"
