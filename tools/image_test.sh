@@ -23,6 +23,8 @@ suite=$(printf '%s' "$base" | sed -n 's/^debian:\([a-z]*\)-slim$/\1/p')
 packages=
 command -v buildah >/dev/null 2>&1 || packages="$packages buildah"
 command -v debootstrap >/dev/null 2>&1 || packages="$packages debootstrap"
+# buildah only recommends it, and from Debian 13 on does nothing without it.
+[ -e /usr/lib/podman/netavark ] || packages="$packages netavark"
 if [ -n "$packages" ]; then
 	say "installing$packages"
 	apt-get update -qq || fail "apt-get update failed: is the mirror reachable?"

@@ -23,6 +23,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 CACHE = Path(os.environ.get("SPANLOOM_CACHE") or Path.home() / ".cache" / "spanloom") / "vm"
+# The root file system's suite, by the version of Python: what the job brings along was built for this machine's.
+GUESTS = {(3, 11): "bookworm", (3, 13): "trixie"}
 SUITES = {"5.10": "bullseye", "6.1": "bookworm", "6.12": "trixie", "sid": "sid"}
 TOOLS = "qemu-system-x86 debootstrap e2fsprogs busybox-static cpio kmod zstd xz-utils"
 GUEST_PACKAGES = "python3,libbpf1,procps"
@@ -136,13 +138,16 @@ def make_initial(directory: Path) -> None:
 
 def disk() -> Path:
     """The root file system, the same for all kernels."""
-    made_of = zlib.crc32(f"{GUEST_PACKAGES}{_GUEST}".encode())
+    suite = GUESTS.get(sys.version_info[:2])
+    if suite is None:
+        raise SystemExit(f"vm: no Debian suite is known that has Python {sys.version_info[0]}.{sys.version_info[1]}")
+    made_of = zlib.crc32(f"{suite}{GUEST_PACKAGES}{_GUEST}".encode())
     image = CACHE / f"root-{made_of:08x}.img"
     if not image.exists():
         with tempfile.TemporaryDirectory(dir=CACHE) as folder:
             tree = Path(folder) / "root"
             packages = f"--include={GUEST_PACKAGES}"
-            run("debootstrap", "--variant=minbase", packages, "bookworm", tree, mirror(), stdout=subprocess.DEVNULL)
+            run("debootstrap", "--variant=minbase", packages, suite, tree, mirror(), stdout=subprocess.DEVNULL)
             guest = tree / "sbin" / "spanloom-guest"
             guest.write_text(_GUEST)
             guest.chmod(0o755)

@@ -36,6 +36,13 @@ START_SECONDS = 30.0
 WAIT_SECONDS = 20.0
 """Bound on everything that is waited for; the usual time is a fraction of a second."""
 
+NOBODY = 65534
+AS_NOBODY = (
+    *("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups"),
+    *("--inh-caps", "+dac_read_search", "--ambient-caps", "+dac_read_search"),
+)
+"""Makes a command another user's, who may read all files: the source tree may be closed to others, as /root is."""
+
 _ports_given: set[int] = set()
 
 

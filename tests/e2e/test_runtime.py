@@ -19,6 +19,7 @@ from agent.kernel.capture import Capture, CaptureSettings
 from tests.collector import Collector
 from tests.e2e import servers
 from tests.e2e.harness import (
+    AS_NOBODY,
     REPOSITORY,
     AgentFailedError,
     AgentProcess,
@@ -201,13 +202,8 @@ def assert_one_line(result: subprocess.CompletedProcess[str], code: int, *words:
 
 def test_not_root(tmp_path: Path):
     """Without privileges: exit code 3 and a line that names the remedy."""
-    # The interpreter's files may be out of reach of another user, so the privileges go after it has started.
-    program = (
-        "import os, sys; from agent import cli, runtime; "
-        "os.setgroups([]); os.setgid(65534); os.setuid(65534); sys.exit(cli.main(sys.argv[1:]))"
-    )
     result = subprocess.run(
-        [sys.executable, "-c", program, "run", "--set", f"telemetry.listen=127.0.0.1:{free_port()}"],
+        [*AS_NOBODY, sys.executable, "-m", "agent", "run", "--set", f"telemetry.listen=127.0.0.1:{free_port()}"],
         cwd=REPOSITORY,
         env=clean_environment(),
         stdin=subprocess.DEVNULL,
