@@ -36,6 +36,10 @@ class State(IntEnum):
     """Behind 101 or CONNECT: what follows is not HTTP."""
 
 
+_END_OF_CHUNKS = b"\0\0\n0\r\n\r\n"
+"""The last eight bytes of a chunked message as the protocol has them; readers take a bare LF as well, and trailers."""
+
+
 class LostError(Exception):
     """Framing is lost; the argument is the reason to count."""
 
@@ -171,6 +175,7 @@ class Reader:
             size = int(match[1], 16)
             self.state, self.remaining = (State.CHUNK_DATA, size + 2) if size else (State.TRAILERS, 0)
         elif section in (b"\r\n", b"\n"):
+            message.tail = _END_OF_CHUNKS  # however it was written: this reader knows
             self._end_of_message(message)
 
     def _end_of_data(self, message: Message) -> None:
