@@ -175,7 +175,8 @@ class Reader:
             size = int(match[1], 16)
             self.state, self.remaining = (State.CHUNK_DATA, size + 2) if size else (State.TRAILERS, 0)
         elif section in (b"\r\n", b"\n"):
-            message.tail = _END_OF_CHUNKS  # however it was written: this reader knows
+            if not message.tail.endswith(b"\r\n\r\n"):
+                message.tail = _END_OF_CHUNKS  # however it was written: this reader knows
             self._end_of_message(message)
 
     def _end_of_data(self, message: Message) -> None:
