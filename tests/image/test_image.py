@@ -17,6 +17,7 @@ import itertools
 import json
 import os
 import re
+import resource
 import shutil
 import signal
 import stat
@@ -93,7 +94,7 @@ class Storage:
             "BUILDAH_ISOLATION": "chroot",
             "IMAGE_BUILDER": "buildah",
             # The base must be the one made here.
-            "IMAGE_BUILD_FLAGS": "--pull=never --no-cache",
+            "IMAGE_BUILD_FLAGS": " ".join(("--pull=never", "--no-cache", *limits())),
             **pip_settings(),
         }
         self.environment.pop("SOURCE_DATE_EPOCH", None)
@@ -118,7 +119,9 @@ class Storage:
     def container(self, image: str) -> str:
         """A new container of an image. buildah's own seccomp profile refuses bpf(2) without CAP_SYS_ADMIN."""
         return self.call(
-            "buildah", "from", "--pull-never", "--security-opt", "seccomp=unconfined", f"localhost/{image}"
+            *("buildah", "from", "--pull-never", "--security-opt", "seccomp=unconfined"),
+            *limits(),
+            f"localhost/{image}",
         ).strip()
 
     def mount(self, container: str) -> Path:
@@ -174,6 +177,12 @@ class Image:
             timeout=60,
             check=False,
         )
+
+
+def limits() -> tuple[str, ...]:
+    """Options of buildah to keep the limits as they are here: from 1.35 on it raises them, which not every root may."""
+    kept = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
+    return tuple("--ulimit={}={}:{}".format(name, *resource.getrlimit(number)) for name, number in kept.items())
 
 
 def pip_settings() -> dict[str, str]:
