@@ -34,7 +34,7 @@ AttributeValue = Annotated[
     ShortText | bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float,
     Meta(extra={"expect": "a text, true or false, a 64-bit integer or a number"}),
 ]
-ProtocolName = Literal["http1"]
+ProtocolName = Literal["http1", "http2"]
 """The names of ``agent.protocols.PROTOCOLS``."""
 Format = Literal["tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog"]
 
@@ -132,8 +132,11 @@ class Capture(Section, frozen=True):
     ] = True
     protocols: Annotated[
         tuple[ProtocolName, ...],
-        _help("Protocols that become spans; what only others would read is dropped and counted as `protocol_off`."),
-    ] = ("http1",)
+        _help(
+            "Protocols that become spans; what only others would read is dropped and counted as `protocol_off`. "
+            "`http2` includes gRPC; without it the kernel does not follow HTTP/2 at all."
+        ),
+    ] = ("http1", "http2")
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),

@@ -48,6 +48,11 @@ enum segment_direction {
 	DIRECTION_RESPONSE = 2,
 };
 
+enum segment_flag {
+	SEGMENT_HTTP2 = 1 << 0,    /* of an HTTP/2 connection, whose frames the kernel follows */
+	SEGMENT_AT_FRAME = 1 << 1, /* a frame begins where the segment begins */
+};
+
 /* Indices of the counters map. begun = emitted + dropped_* + cancelled + streamed + in flight. */
 enum counter {
 	COUNTER_BEGUN,              /* exchanges begun */
@@ -71,6 +76,7 @@ enum counter {
 	COUNTER_IGNORED_PORT,       /* requests on ports that are not selected */
 	COUNTER_RESPONSE_ALONE,     /* response bytes without a request: it was sent before the agent started */
 	COUNTER_READ_FAULT,         /* user memory that could not be read */
+	COUNTER_FRAMES_LOST,        /* times that the place among the frames of an HTTP/2 connection was lost */
 	COUNTERS,
 };
 
@@ -120,11 +126,16 @@ struct record_segment {
 	__u16 kind;
 	__u8 role;
 	__u8 direction; /* enum segment_direction */
-	__u32 captured; /* bytes of data that follow */
+	__u16 captured; /* bytes of data that follow */
+	__u16 flags;    /* enum segment_flag */
 	__u64 connection_id;
 	__u64 process_start_ns;
 	__u64 time_ns;
-	__u64 offset; /* bytes of this direction before this segment, counted since the connection entered stream mode */
+	/* Bytes of this direction before this segment, counted since the connection entered stream mode. Of HTTP/2 whole
+	 * frames may be left out that say nothing of a request, and are not counted; the gap before a segment is what lies
+	 * between its offset and the end of the one before.
+	 */
+	__u64 offset;
 	__u64 length; /* bytes of the segment; more than captured means a gap */
 	__u32 tgid;
 	__u32 tid;

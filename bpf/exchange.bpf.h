@@ -11,6 +11,7 @@
 #ifndef SPANLOOM_EXCHANGE_BPF_H
 #define SPANLOOM_EXCHANGE_BPF_H
 
+#include "frames.bpf.h"
 #include "sniff.bpf.h"
 #include "sock.bpf.h"
 
@@ -30,12 +31,6 @@ static __always_inline __u64 random_id(void)
 	__u64 id = (__u64)bpf_get_prandom_u32() << 32 | bpf_get_prandom_u32();
 
 	return id ? id : 1;
-}
-
-/* The one helper that reads user and kernel memory alike, on x86-64 and arm64: the two do not overlap there. */
-static __always_inline bool read_iovec(struct user_iovec *iovec, __u64 iov, __u32 index)
-{
-	return !bpf_probe_read(iovec, sizeof(*iovec), (void *)(iov + index * sizeof(*iovec)));
 }
 
 /* What the first bytes of a transfer look like. */
@@ -59,6 +54,8 @@ __noinline int judge(__u64 word, __u64 length)
 		first.word >>= 16;
 		first.length -= 2;
 	}
+	if (first.word == TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T') && !http2_enabled)
+		return 0; /* the preface */
 	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
 	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
 }
@@ -131,11 +128,6 @@ static __always_inline void push_tail(struct connection *connection, __u64 buffe
 		connection->tail = connection->tail >> (8 * few) | word << (8 * (8 - few));
 	}
 }
-
-/* Values that the verifier shall not follow: it would walk every combination of loop counters. What is read back from
- * a map is an unknown number to it, and the loops below converge after one round.
- */
-#define unfollowed(variable) (*(volatile typeof(variable) *)&(variable))
 
 /* Copies from user memory to the end of the data, at most up to `limit` bytes of data in all and COPY_SLACK in one
  * call. Returns the bytes copied.
@@ -593,8 +585,13 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 #define PIPELINE_SCAN 1024
 #define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
 
-/* A request line ends somewhere behind `from` in the captured bytes. Of any four bytes in a row of "P/1." every fourth
- * byte of the data is one. Global for the reason given at absorb_iovecs().
+/* The client's preface of HTTP/2 (RFC 9113 section 3.4): a request that HTTP/1 has not, and behind its blank line what
+ * is no request of HTTP/1. The shortest pipelined requests are longer.
+ */
+#define PREFACE_HEAD_BYTES 18
+
+/* A request line ends somewhere behind `from` in the captured bytes, or they are HTTP/2's. Of any four bytes in a row of
+ * "P/1." every fourth byte of the data is one. Global for the reason given at absorb_iovecs().
  */
 __noinline int holds_request_line(__u64 sock, __u64 from)
 {
@@ -604,6 +601,11 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 	if (!connection)
 		return 0;
 	length = connection->data_length;
+	if (from == PREFACE_HEAD_BYTES && *(__u64 *)connection->data == TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T') &&
+	    *(__u64 *)(connection->data + 8) == TEXT8('T', 'P', '/', '2', '.', '0', '\r', '\n')) {
+		begin_frames(connection);
+		return 1;
+	}
 	connection->cursor_index = from + 8;
 	for (__u32 round = 0; round < PIPELINE_SCAN / 4; round++) {
 		__u64 i = unfollowed(connection->cursor_index), word = 0, start;
@@ -637,8 +639,8 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 	return 0;
 }
 
-/* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
- * a blank line always include one of them.
+/* Another request stands behind the first one in the captured bytes, or HTTP/2. Every fourth byte is looked at: the four
+ * bytes of a blank line always include one of them.
  */
 static __always_inline int holds_second_request(struct connection *connection, __u64 sock)
 {
@@ -648,7 +650,7 @@ static __always_inline int holds_second_request(struct connection *connection, _
 	length = connection->data_length;
 	connection->cursor_offset = 0;
 	for (__u64 i = 15; i < PIPELINE_SCAN; i += 4) { /* what comes before are empty lines in front of the first one */
-		if (i + 9 >= length || i >= request_cap)
+		if (i + 9 > length || i >= request_cap)
 			break;
 		if (connection->data[i] != '\r' && connection->data[i] != '\n')
 			continue;
@@ -686,48 +688,6 @@ static __always_inline bool ends_in_blank_line(struct connection *connection)
 		return false;
 	end = connection->data + length - 4;
 	return end[0] == '\r' && end[1] == '\n' && end[2] == '\r' && end[3] == '\n';
-}
-
-static __always_inline struct segment_scratch *fill_segment(struct connection *connection, __u8 direction, __u64 now)
-{
-	struct record_exchange *exchange = &connection->exchange;
-	struct segment_scratch *scratch;
-	__u32 zero = 0;
-
-	scratch = bpf_map_lookup_elem(&segment_scratch, &zero);
-	if (!scratch)
-		return 0;
-	scratch->record.kind = RECORD_SEGMENT;
-	scratch->record.role = exchange->role;
-	scratch->record.direction = direction;
-	scratch->record.captured = 0;
-	scratch->record.connection_id = exchange->connection_id;
-	scratch->record.process_start_ns = exchange->process_start_ns;
-	scratch->record.time_ns = now;
-	scratch->record.tgid = exchange->tgid;
-	scratch->record.tid = (__u32)bpf_get_current_pid_tgid();
-	scratch->record.netns = exchange->netns;
-	scratch->record.local_port = exchange->local_port;
-	scratch->record.remote_port = exchange->remote_port;
-	__builtin_memcpy(scratch->record.local_address, exchange->local_address, 16);
-	__builtin_memcpy(scratch->record.remote_address, exchange->remote_address, 16);
-	return scratch;
-}
-
-static __always_inline void send_segment(struct segment_scratch *scratch, __u64 *offset, __u64 length)
-{
-	__u64 captured = scratch->record.captured;
-
-	scratch->record.offset = *offset;
-	scratch->record.length = length;
-	*offset += length;
-	opaque(captured);
-	if (captured > SEGMENT_CAP)
-		captured = SEGMENT_CAP;
-	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP))
-		count(COUNTER_SEGMENTS_LOST);
-	else
-		count(COUNTER_SEGMENTS);
 }
 
 /* Forwards bytes of a connection in stream mode: `address` is that of the bytes, or of iov_count iovecs, or 0 for bytes
@@ -798,9 +758,15 @@ __noinline int stream_buffer(__u64 sock, __u64 buffer, __u64 length, __u64 respo
 	return stream_segment(sock, buffer, 0, length, response);
 }
 
-static __always_inline void stream_transfer(__u64 sock, const struct transfer *transfer, bool response)
+static __always_inline void stream_transfer(const struct connection *connection, const struct transfer *transfer,
+					    bool response)
 {
-	if (transfer->iov)
+	__u64 sock = connection->sock;
+
+	if (connection->http2)
+		walk_transfer(sock, transfer->iov ? transfer->iov : transfer->buffer, transfer->iov ? transfer->iov_count : 0,
+			      transfer->length, response);
+	else if (transfer->iov)
 		stream_segment(sock, transfer->iov, transfer->iov_count, transfer->length, response);
 	else
 		stream_buffer(sock, transfer->buffer, transfer->length, response);
@@ -893,7 +859,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	    (!is_bodyless(connection) || ends_in_blank_line(connection))) {
 		enter_stream_mode(connection);
 		if (!entering)
-			stream_transfer(sock, transfer, false);
+			stream_transfer(connection, transfer, false);
 		return;
 	}
 	if (entering)
@@ -915,13 +881,13 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	exchange->request_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
-	if (starts && connection->data_length >= 36 && holds_second_request(connection, sock)) {
+	if (starts && connection->data_length >= PREFACE_BYTES && holds_second_request(connection, sock)) {
 		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
 		exchange->request_bytes = 0;
 		connection->data_length = 0;
 		enter_stream_mode(connection);
 		if (!entering)
-			stream_transfer(sock, transfer, false);
+			stream_transfer(connection, transfer, false);
 	}
 }
 
@@ -1178,7 +1144,9 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	response = egress == (connection->exchange.role == ROLE_SERVER);
 	if (connection->mode == MODE_STREAM) {
 		if (!entering)
-			stream_transfer(connection->sock, transfer, response);
+			stream_transfer(connection, transfer, response);
+		else if (connection->http2 && !response)
+			connection->walks[0].entered_ns = now; /* before the other end can have read it */
 		return;
 	}
 	if (response)

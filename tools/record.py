@@ -36,6 +36,7 @@ DESCRIBED = (
     "exchange_role",
     "exchange_end",
     "exchange_flag",
+    "segment_flag",
     "counter",
 )
 SWEEP_SECONDS = 0.05

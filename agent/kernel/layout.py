@@ -117,6 +117,7 @@ class WireLayout:
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
         check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
+        check_enum("segment_flag", parse_enum(describe("segment_flag")), "SEGMENT_", model.SegmentFlag)
         counters = parse_enum(describe("counter"))
         if list(counters.values()) != list(range(len(counters))):
             raise LayoutMismatchError("enum counter is not contiguous")

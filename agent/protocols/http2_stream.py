@@ -18,7 +18,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.errors import ProtocolError
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, Segment
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, Role, Segment, SegmentFlag
 from agent.protocols import grpc
 from agent.protocols.http1_outcome import CONNECT, failure
 from agent.protocols.http1_reader import LostError
@@ -35,14 +35,25 @@ from agent.protocols.http2_frames import (
     begins_with_preface,
 )
 from agent.protocols.http2_headers import BLOCK_REPEATS, HeaderDecoder
-from agent.protocols.http2_outcome import REFUSED, UNREAD, Side, Stream, call_of, exchange_of, read_error
+from agent.protocols.http2_outcome import (
+    REFUSED,
+    UNREAD,
+    Side,
+    Stream,
+    call_of,
+    exchange_id_of,
+    exchange_of,
+    read_error,
+)
 
 OPEN_STREAMS = 1024
 """Requests beyond are lost: "too_many"."""
 
 _DIRECTION_REQUEST = 1
+_AT_FRAME = int(SegmentFlag.AT_FRAME)
 _INTERIM, _PEER_CLOSED = int(Flag.INTERIM), int(Flag.PEER_CLOSED)
-_NEXT, _RESET, _HANDED_OVER, _TIMED_OUT = int(End.NEXT), int(End.RESET), int(End.HANDED_OVER), int(End.TIMED_OUT)
+_OPEN, _NEXT, _RESET = int(End.OPEN), int(End.NEXT), int(End.RESET)
+_HANDED_OVER, _TIMED_OUT = int(End.HANDED_OVER), int(End.TIMED_OUT)
 _HEADER_TABLE_SIZE, _MAX_FRAME_SIZE = 1, 5
 _FRAME_HEADER_BYTES = 9
 
@@ -59,7 +70,12 @@ class Http2Connection:
         self.protocol = protocol
         self.losses = losses
         self.lost = 0
+        self.peer_connection_id = 0
+        """Of a server's connection, the client's end of it on this node; set by whoever knows both."""
+        self.withdrawn: list[int] = []
+        """Ids of exchanges that were announced and lost since; for whoever was told to take."""
         self._streams: dict[int, Stream] = {}
+        self._announced = 0  # the highest stream that announce() has told of
         self._last_stream = 0  # the highest that a request was seen on
         self._ready: list[tuple[Exchange, Call]] = []
         self._segment: Segment | None = None  # the first one without its data: who and where
@@ -90,6 +106,20 @@ class Http2Connection:
         self.protocol = protocol
         self._request_fields.repeats.clear()
         self._response_fields.repeats.clear()
+
+    @property
+    def own(self) -> tuple[bytes, int, int] | None:
+        """Address, port and network namespace of a client's end; None at a server's, and before the first segment."""
+        segment = self._segment
+        if segment is None or self._role != Role.CLIENT:
+            return None
+        return segment.local_address, segment.local_port, segment.netns
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Whose connection it is: process id and start. Known from the first segment on."""
+        segment = self._segment
+        return (segment.tgid, segment.process_start_ns) if segment is not None else (0, 0)
 
     @property
     def outstanding(self) -> int:
@@ -123,10 +153,15 @@ class Http2Connection:
                     self._skip(reader, before)
             else:
                 reader.next_offset += len(data)
+            is_at_frame = segment.flags & _AT_FRAME
             if reader.is_seeking or not reader.frames:
-                self._synchronise(reader, is_request, data)
+                self._synchronise(reader, is_request, data, is_at_frame)
                 if reader.is_seeking and (data or after > 0):
                     self._lose_streams()  # what was just passed over may have been theirs
+            elif is_at_frame and not reader.is_between_frames:
+                # Records were lost, and what they said is not where it seemed to be.
+                self._lose(is_request, "gap")
+                self._synchronise(reader, is_request, data, is_at_frame)
             reader.feed(data, segment.time_ns)
             if after > 0:
                 reader.skip(after)
@@ -136,6 +171,32 @@ class Http2Connection:
         if ready:
             self._ready = []
         return ready
+
+    def announce(self, begun_ns: int) -> tuple[list[tuple[Exchange, Call]], int]:
+        """Return what is known of the open requests that began up to ``begun_ns`` and were not returned before, and the
+        begin of the oldest younger one, 0 without any.
+        """
+        due: list[int] = []
+        oldest_ns = 0
+        for stream_id in reversed(self._streams):
+            if stream_id <= self._announced:
+                break
+            start_ns = self._streams[stream_id].request.start_ns
+            if start_ns <= begun_ns:
+                due.append(stream_id)
+            else:
+                oldest_ns = start_ns
+        segment = self._segment
+        if not due or segment is None:
+            return [], oldest_ns
+        self._announced = due[0]
+        announced = []
+        for stream_id in due:
+            stream = self._streams[stream_id]
+            exchange = exchange_of(segment, stream, _OPEN, begun_ns, stream_id, self.peer_connection_id)
+            call = call_of(self.protocol, stream, self._role, self._peer, _OPEN, "", begun_ns)
+            announced.append((exchange, call))
+        return announced, oldest_ns
 
     def expire(self, now_ns: int) -> list[tuple[Exchange, Call]]:
         """Return what is outstanding as timed out; what still comes on those streams is read and makes no exchange."""
@@ -157,6 +218,14 @@ class Http2Connection:
             reader.reset(seeking=True)
         return ready
 
+    def abandon(self) -> None:
+        """Lose what is outstanding: nothing more is to be read, for a time at least."""
+        for is_request in (True, False):
+            reader, fields = self._direction(is_request)
+            reader.reset(seeking=True)
+            fields.forget()
+        self._lose_streams()
+
     # -- framing
 
     def _skip(self, reader: FrameReader, gap_bytes: int) -> None:
@@ -168,13 +237,16 @@ class Http2Connection:
         except LostError as loss:
             self._lose(reader is self._requests, loss.args[0])
 
-    def _synchronise(self, reader: FrameReader, is_request: bool, data: bytes) -> None:
-        """Look whether a direction that has no frame yet, or lost its place, has one at the beginning of ``data``."""
+    def _synchronise(self, reader: FrameReader, is_request: bool, data: bytes, is_at_frame: int) -> None:
+        """Look whether a direction that has no frame yet, or lost its place, has one at the beginning of ``data``.
+
+        The kernel says where it takes a frame to begin (``is_at_frame``), and is not believed without a look.
+        """
         if len(data) < _FRAME_HEADER_BYTES:
             return
         frame_bytes = reader.frame_bytes if reader.frame_bytes < ANY_FRAME_BYTES else DEFAULT_FRAME_BYTES
         if reader.is_seeking:
-            if begins_with_frames(data, frame_bytes, self._last_stream):
+            if is_at_frame and begins_with_frames(data, frame_bytes, self._last_stream):
                 reader.reset()
         elif not (
             reader.buffered_bytes
@@ -195,6 +267,10 @@ class Http2Connection:
 
     def _lose_streams(self) -> None:
         self.lost += len(self._streams)
+        segment = self._segment
+        if self._announced and segment is not None:
+            told = (stream_id for stream_id in self._streams if stream_id <= self._announced)
+            self.withdrawn += [exchange_id_of(segment.connection_id, stream_id) for stream_id in told]
         self._streams.clear()
 
     def _on_preface(self) -> None:
@@ -414,6 +490,6 @@ class Http2Connection:
         segment = self._segment
         if segment is None:  # streams come from segments
             return
-        exchange = exchange_of(segment, stream, end, end_ns)
+        exchange = exchange_of(segment, stream, end, end_ns, stream_id, self.peer_connection_id)
         call = call_of(self.protocol, stream, self._role, self._peer, end, cause, end_ns)
         self._ready.append((exchange, call))

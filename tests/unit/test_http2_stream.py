@@ -347,7 +347,7 @@ def test_a_late_start_in_the_middle_of_a_frame() -> None:
     observed = Observed()
     for _ in range(3):
         observed.see(REQUEST, b"the middle of an upload, in text")
-    observed.see(REQUEST, made.headers(REQUEST, 9, get("/x"), "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 9, get("/x"), "END_STREAM"))
     observed.see(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/x"
     assert observed.losses.reasons == {"mid_stream": 1}
@@ -386,10 +386,10 @@ def test_a_gap_between_frames_loses_what_is_open(direction) -> None:
     observed.see(direction, b"", gap=50).see(direction, b"\x00\x00\x10 no frame at all")
     assert (observed.connection.lost, observed.connection.outstanding) == (2, 0)
     assert observed.losses.reasons == {"gap": 1}
-    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
     assert (observed.results, observed.losses.unmatched_responses) == ([], 0)
-    observed.see(REQUEST, made.headers(REQUEST, 5, get("/c"), "END_STREAM"))
-    observed.see(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 5, get("/c"), "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/c"
 
 
@@ -413,9 +413,30 @@ def test_requests_are_lost_when_their_responses_may_have_been(way) -> None:
 def test_a_lost_segment_is_a_gap_in_front_of_the_next() -> None:
     """The segment behind it may begin with a frame at once."""
     made, observed = opened("/a")
-    observed.see(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=30)
-    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=30)
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/b"
+    assert (observed.connection.lost, observed.losses.reasons) == (1, {"gap": 1})
+
+
+def test_a_segment_that_begins_within_a_frame_is_no_place_to_begin_again() -> None:
+    """It may look like a frame all the same: a header block, or what an upload has in it. The kernel knows better."""
+    made, observed = opened("/a")
+    observed.see(REQUEST, b"", gap=30)
+    observed.see(REQUEST, made.headers(REQUEST, 3, get("/no-request"), "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 5, get("/b"), "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
+    assert [value["url.path"] for value in observed.values] == ["/b"]
+
+
+def test_a_frame_that_begins_where_none_was_due_loses_what_is_open() -> None:
+    """Segments were lost that seemed to lie within a frame, and did not: what follows them is read."""
+    made, observed = opened("/a")
+    observed.see_frame(REQUEST, raw(0, 0, 1, bytes(5000))[:25], gap=3000)
+    observed.see_frame(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=1900)
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    assert [value["url.path"] for value in observed.values] == ["/b"]
     assert (observed.connection.lost, observed.losses.reasons) == (1, {"gap": 1})
 
 
@@ -481,8 +502,8 @@ def test_settings_in_a_gap_may_have_allowed_anything() -> None:
     made, observed = opened()
     observed.see(RESPONSE, raw(4, 0, 0, b"")).see(RESPONSE, b"", gap=100)
     made.encoders[REQUEST].header_table_size = 9000
-    observed.see(REQUEST, made.headers(REQUEST, 1, get("/a")) + raw(0, 1, 1, bytes(17000)))
-    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 1, get("/a")) + raw(0, 1, 1, bytes(17000)))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
     assert observed.only()[2]["http.request.body.size"] == 17000
 
 
@@ -558,8 +579,8 @@ def test_a_malformed_frame_loses_the_connections_state(frame) -> None:
     observed.see(RESPONSE, raw(4, 0, 0, b""))
     observed.see(REQUEST, frame)
     assert (observed.connection.lost, observed.losses.reasons) == (1, {"malformed": 1})
-    observed.see(REQUEST, made.headers(REQUEST, 9, get("/z"), "END_STREAM"))
-    observed.see(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 9, get("/z"), "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/z"
 
 

@@ -67,9 +67,9 @@ def test_a_name_may_fill_its_place():
 
 def test_a_segment_is_read_with_its_data():
     """Only the captured bytes are data; the length may be larger."""
-    data = SEGMENT.pack(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
+    data = SEGMENT.pack(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
     assert decode(data + b"data") == [
-        Segment(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
+        Segment(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
     ]
 
 
@@ -123,7 +123,7 @@ NAMES = st.text(st.characters(min_codepoint=1, max_codepoint=127), max_size=16)
 PROCESSES = st.builds(ProcessSeen, U32, U64, U64, U32, U32, NAMES, NAMES)
 SEGMENTS = st.builds(
     lambda numbers, length, small, ports, local, remote, data: Segment(
-        3, 1, 2, len(data), *numbers, length, *small, *ports, local, remote, data
+        3, 1, 2, len(data), 3, *numbers, length, *small, *ports, local, remote, data
     ),
     st.lists(U64, min_size=4, max_size=4),
     U64,

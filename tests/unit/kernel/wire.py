@@ -21,8 +21,8 @@ _STRUCTS = {
     ),
     "record_process": "kind:2 _pad:2a tgid:4 start_ns:8 cgroup_id:8 uid:4 ppid:4 comm:16a executable:64a",
     "record_segment": (
-        "kind:2 role:1 direction:1 captured:4 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 tgid:4 "
-        "tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
+        "kind:2 role:1 direction:1 captured:2 flags:2 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 "
+        "tgid:4 tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
     ),
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
 }
@@ -36,7 +36,7 @@ _ENUMS = {
         0,
         "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMED REEMITTED REEMIT_LOST "
         "SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL ENDPOINT_FULL IGNORED_TLS "
-        "IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT",
+        "IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT FRAMES_LOST",
     ),
 }
 _FLAGS = (
@@ -63,13 +63,14 @@ def _describe_enum(prefix: str, first: int, names: str) -> str:
 DESCRIPTIONS = {
     **{name: _describe_struct(members) for name, members in _STRUCTS.items()},
     **{name: _describe_enum(*parts) for name, parts in _ENUMS.items()},
+    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\n",
     "exchange_flag": "".join(f"FLAG_{name} {1 << bit}\n" for bit, name in enumerate(_FLAGS.split())),
 }
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
 
 EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
 PROCESS = struct.Struct("<H2xIQQII16s64s")
-SEGMENT = struct.Struct("<HBBI5Q3IHH16s16s")
+SEGMENT = struct.Struct("<HBBHH5Q3IHH16s16s")
 CLOSE = struct.Struct("<HBBIQQQ")
 
 
