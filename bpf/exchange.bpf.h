@@ -40,6 +40,7 @@ enum look {
 	LOOKS_RESPONSE = 1 << 2,
 	LOOKS_TLS = 1 << 3,
 	LOOK_FAILED = 1 << 4, /* no bytes, or memory that cannot be read */
+	LOOKS_HEADERS = 1 << 5, /* perhaps a frame of HTTP/2 with a whole header block */
 };
 
 /* A function of its own so that the verifier walks it once, not once per way in which the bytes were gathered. */
@@ -56,6 +57,8 @@ __noinline int judge(__u64 word, __u64 length)
 	}
 	if (first.word == TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T') && !http2_enabled)
 		return 0; /* the preface */
+	if (looks_like_headers(word) && length >= 8 && http2_enabled)
+		return LOOKS_HEADERS;
 	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
 	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
 }
@@ -1044,22 +1047,52 @@ static __always_inline void forget(__u64 key)
 	untrack(key);
 }
 
-/* A connection that is not tracked carried bytes: track it when they begin a request. `socket` is 0 when the sock is
+/* A connection that is not tracked carried bytes: track it when they begin a request, or are HTTP/2's. `socket` is 0 when the sock is
  * known to be TCP's.
  */
+/* The connection that is being tracked is one of HTTP/2 and older than its first transfer that was seen, which is one of
+ * `direction` and begins with a frame. Global for the reason given at absorb_iovecs().
+ */
+__noinline int join_frames(__u64 sock, __u64 direction)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
+
+	if (!connection)
+		return 0;
+	if (!process)
+		process = announce_process(tgid);
+	if (process)
+		connection->exchange.process_start_ns = process->start_ns;
+	connection->exchange.tgid = tgid;
+	connection->http2 = 1;
+	connection->walks[direction == DIRECTION_RESPONSE ? 0 : 1].lost = 1;
+	connection->mode = MODE_STREAM;
+	__sync_fetch_and_add(&stream_connections, 1);
+	count(COUNTER_BEGUN); /* user space says how many requests it is that this stands for */
+	count(COUNTER_STREAMED);
+	return 0;
+}
+
 static __always_inline struct connection *track(struct socket *socket, struct sock *sock, struct transfer *transfer,
 						bool egress)
 {
 	struct connection *connection;
 	struct endpoint endpoint;
 	__u64 key = (__u64)sock;
-	int looks;
+	int looks, joined = 0;
+	bool is_client;
 
 	looks = look(transfer);
-	if (!(looks & LOOKS_REQUEST)) {
+	if (looks & LOOKS_HEADERS)
+		joined = recognise_frames(transfer->iov ? transfer->iov : transfer->buffer,
+					  transfer->iov ? transfer->iov_count : 0, transfer->length);
+	if (!(looks & LOOKS_REQUEST) && !joined) {
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
 		return 0;
 	}
+	is_client = egress == (joined != DIRECTION_RESPONSE);
 	if (socket && !is_tcp(socket, sock))
 		return 0;
 	if (!socket && BPF_CORE_READ((struct inet_connection_sock *)sock, icsk_ulp_ops)) {
@@ -1081,12 +1114,12 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	if (!egress)
 		connection->received_seq -= transfer->length; /* counted with the others, in on_transfer() */
 	connection->exchange.kind = RECORD_EXCHANGE;
-	connection->exchange.role = egress ? ROLE_CLIENT : ROLE_SERVER;
+	connection->exchange.role = is_client ? ROLE_CLIENT : ROLE_SERVER;
 	connection->exchange.connection_id = random_id();
 	read_identity(sock, &connection->exchange);
 	if (passes_over(connection))
 		return 0;
-	if (egress) {
+	if (is_client) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
 			    connection->exchange.netns, connection->exchange.remote_port);
 		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
@@ -1095,6 +1128,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
 			count(COUNTER_ENDPOINT_FULL);
 	}
+	if (joined)
+		join_frames(connection->sock, joined); /* a scalar to the verifier */
 	return connection;
 }
 

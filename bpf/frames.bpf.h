@@ -94,6 +94,14 @@ static __always_inline bool is_likely_frame(const __u8 *header)
 	       may_be_frame(HEADER_LENGTH(header), kind, HEADER_STREAM(header));
 }
 
+/* A cheap first look at the first 8 bytes, the first one lowest: HEADERS of less than 64 KiB with END_HEADERS and without
+ * PADDED, on a stream below 2^24.
+ */
+static __always_inline bool looks_like_headers(__u64 word)
+{
+	return (word & 0xffdeff0000ffULL) == ((__u64)FRAME_END_HEADERS << 32 | (__u64)FRAME_HEADERS << 24);
+}
+
 /* Copies the first bytes of a transfer, 16 at most, to the scratch space. Returns how many there are. Global for the
  * reason given at absorb_iovecs().
  */
