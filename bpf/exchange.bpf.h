@@ -33,6 +33,12 @@ static __always_inline __u64 random_id(void)
 	return id ? id : 1;
 }
 
+/* The client's preface of HTTP/2 (RFC 9113 section 3.4): a request that HTTP/1 has not, and behind its blank line what
+ * is no request of HTTP/1. The shortest pipelined requests are longer.
+ */
+#define PREFACE_HEAD_BYTES 18
+#define PREFACE_WORD TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T')
+
 /* What the first bytes of a transfer look like. */
 enum look {
 	LOOKS_REQUEST = 1 << 0,        /* is_request() */
@@ -55,7 +61,7 @@ __noinline int judge(__u64 word, __u64 length)
 		first.word >>= 16;
 		first.length -= 2;
 	}
-	if (first.word == TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T') && !http2_enabled)
+	if (first.word == PREFACE_WORD && !http2_enabled)
 		return 0; /* the preface */
 	if (looks_like_headers(word) && length >= 8 && http2_enabled)
 		return LOOKS_HEADERS;
@@ -588,11 +594,6 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 #define PIPELINE_SCAN 1024
 #define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
 
-/* The client's preface of HTTP/2 (RFC 9113 section 3.4): a request that HTTP/1 has not, and behind its blank line what
- * is no request of HTTP/1. The shortest pipelined requests are longer.
- */
-#define PREFACE_HEAD_BYTES 18
-
 /* A request line ends somewhere behind `from` in the captured bytes, or they are HTTP/2's. Of any four bytes in a row of
  * "P/1." every fourth byte of the data is one. Global for the reason given at absorb_iovecs().
  */
@@ -604,9 +605,9 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 	if (!connection)
 		return 0;
 	length = connection->data_length;
-	if (from == PREFACE_HEAD_BYTES && *(__u64 *)connection->data == TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T') &&
+	if (from == PREFACE_HEAD_BYTES && *(__u64 *)connection->data == PREFACE_WORD &&
 	    *(__u64 *)(connection->data + 8) == TEXT8('T', 'P', '/', '2', '.', '0', '\r', '\n')) {
-		begin_frames(connection);
+		begin_frames(connection, 0);
 		return 1;
 	}
 	connection->cursor_index = from + 8;
@@ -640,6 +641,23 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 			return 1;
 	}
 	return 0;
+}
+
+/* The preface of HTTP/2 came in pieces (Go's server reads it so) and is whole now: what came `before` the transfer at hand
+ * is forwarded first. Global for the reason given at absorb_iovecs().
+ */
+__noinline int ends_preface(__u64 sock, __u64 before)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (!connection || before >= PREFACE_BYTES || connection->data_length < PREFACE_BYTES ||
+	    *(__u64 *)(connection->data + 8) != TEXT8('T', 'P', '/', '2', '.', '0', '\r', '\n') ||
+	    *(__u64 *)(connection->data + 16) != TEXT8('\r', '\n', 'S', 'M', '\r', '\n', '\r', '\n'))
+		return 0;
+	begin_frames(connection, before);
+	connection->exchange.request_bytes = before;
+	connection->data_length = before;
+	return 1;
 }
 
 /* Another request stands behind the first one in the captured bytes, or HTTP/2. Every fourth byte is looked at: the four
@@ -798,6 +816,8 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
 		captured = 0;
 	scratch->record.captured = captured;
+	if (connection->http2)
+		scratch->record.flags = SEGMENT_HTTP2;
 	send_segment(scratch, &offset, length);
 }
 
@@ -884,10 +904,14 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	exchange->request_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
-	if (starts && connection->data_length >= PREFACE_BYTES && holds_second_request(connection, sock)) {
+	if (connection->data_length >= PREFACE_BYTES &&
+	    (starts ? holds_second_request(connection, sock) :
+		      *(__u64 *)connection->data == PREFACE_WORD && ends_preface(sock, exchange->request_bytes - length))) {
 		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
-		exchange->request_bytes = 0;
-		connection->data_length = 0;
+		if (starts) {
+			exchange->request_bytes = 0;
+			connection->data_length = 0;
+		}
 		enter_stream_mode(connection);
 		if (!entering)
 			stream_transfer(connection, transfer, false);

@@ -155,17 +155,25 @@ __noinline int recognise_frames(__u64 address, __u64 iov_count, __u64 length)
 		     !is_likely_frame(scratch->data)))
 			return 0;
 	}
-	if (field >= 0x81 && field <= 0x87)
+	/* RFC 7541 section 6: an index, or a literal with an indexed name in one of three forms. */
+	if (field & 0x80)
+		field &= 0x7f;
+	else if (field & 0x40)
+		field &= 0x3f;
+	else if (!(field & 0x20))
+		field &= 0x0f;
+	if (field >= 1 && field <= 7)
 		return DIRECTION_REQUEST;
-	return field >= 0x88 && field <= 0x8e ? DIRECTION_RESPONSE : 0;
+	return field >= 8 && field <= 14 ? DIRECTION_RESPONSE : 0;
 }
 
-/* The connection is one of HTTP/2, and its first request segment begins with the preface. */
-static __always_inline void begin_frames(struct connection *connection)
+/* The connection is one of HTTP/2, and its requests begin with the preface, of which so many bytes have been seen before.
+ */
+static __always_inline void begin_frames(struct connection *connection, __u32 seen)
 {
 	connection->http2 = 1;
-	connection->walks[0].left = PREFACE_BYTES;
-	connection->walks[0].keep = PREFACE_BYTES;
+	connection->walks[0].left = PREFACE_BYTES - seen;
+	connection->walks[0].keep = PREFACE_BYTES - seen;
 	connection->walks[0].entered_ns = connection->exchange.request_start_ns;
 }
 

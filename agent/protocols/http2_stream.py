@@ -276,9 +276,13 @@ class Http2Connection:
     def _on_preface(self) -> None:
         self._request_fields.begin()
         self._response_fields.begin()
-        for reader in (self._requests, self._responses):
-            if reader.frame_bytes == ANY_FRAME_BYTES:
-                reader.frame_bytes = DEFAULT_FRAME_BYTES
+        if self._responses.frame_bytes == ANY_FRAME_BYTES:
+            self._responses.frame_bytes = DEFAULT_FRAME_BYTES
+        if self._role == Role.SERVER and not self._responses.frames:
+            # A server may have sent its settings before, when the connection was not known to be one of HTTP/2.
+            self._request_fields.allow(None)
+        elif self._requests.frame_bytes == ANY_FRAME_BYTES:
+            self._requests.frame_bytes = DEFAULT_FRAME_BYTES
 
     def _on_request_control(self, kind: int, flags: int, stream_id: int, payload: bytes | None) -> None:
         if kind == Kind.RST_STREAM:
