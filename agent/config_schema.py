@@ -36,7 +36,7 @@ AttributeValue = Annotated[
 ]
 ProtocolName = Literal["http1", "http2"]
 """The names of ``agent.protocols.PROTOCOLS``."""
-Format = Literal["tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog"]
+Format = Literal["tracecontext", "grpc", "b3", "b3multi", "jaeger", "xray", "datadog"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -188,9 +188,9 @@ class Propagation(Section, frozen=True):
         tuple[Format, ...],
         _help(
             "Header formats that are read, the most trusted first. The first valid one decides; others that disagree "
-            "become span links. Each may stand once; an empty list reads none."
+            "become span links. `grpc` is `grpc-trace-bin`. Each may stand once; an empty list reads none."
         ),
-    ] = ("tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog")
+    ] = ("tracecontext", "grpc", "b3", "b3multi", "jaeger", "xray", "datadog")
 
 
 class Sampling(Section, frozen=True):

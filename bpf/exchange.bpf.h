@@ -297,18 +297,6 @@ static __always_inline __u32 response_room(void)
 	return response_limit < response_cap ? response_limit : response_cap;
 }
 
-/* User space looks into the ring buffer by itself every now and then; it is woken when much waits. The band keeps a
- * slow reader from being woken for every record.
- */
-#define WAKEUP_BAND 16384
-
-static __always_inline __u64 wakeup_flags(void)
-{
-	__u64 waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
-
-	return waiting >= wakeup_bytes && waiting < wakeup_bytes + WAKEUP_BAND ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
-}
-
 /* Sends the exchange to user space. `first` says that no record told of it before. */
 static __always_inline bool emit(struct connection *connection, __u8 end, __u64 now, bool first)
 {

@@ -287,6 +287,9 @@ __noinline int walk_some(__u64 sock, __u64 response)
 		__u64 offset = unfollowed(scratch->offset), piece = unfollowed(scratch->length) - unfollowed(scratch->done);
 		__u32 left = unfollowed(walk->left);
 
+		if (unfollowed(walk->held) >= FRAME_HEADER_BYTES)
+			return scratch->gap || scratch->record.captured > SEGMENT_CAP - FRAME_HEADER_BYTES ? WALK_FLUSHES :
+													     WALK_BEGINS;
 		if (!piece || unfollowed(walk->lost))
 			return WALK_ENDS;
 		if (scratch->iov_count) {
@@ -307,27 +310,15 @@ __noinline int walk_some(__u64 sock, __u64 response)
 		if (!left) {
 			__u64 held = unfollowed(walk->held);
 
-			if (held < FRAME_HEADER_BYTES) {
-				if (FRAME_HEADER_BYTES - held < piece)
-					piece = FRAME_HEADER_BYTES - held;
-				opaque(piece);
-				opaque(held);
-				if (piece > FRAME_HEADER_BYTES || held > FRAME_HEADER_BYTES ||
-				    bpf_probe_read_user(walk->header + held, piece,
-							(void *)(scratch->iovec.base + offset)))
-					goto fault;
-				held += piece;
-				walk->held = held;
-				scratch->done += piece;
-				scratch->offset = offset + piece;
-			}
-			if (held >= FRAME_HEADER_BYTES)
-				return scratch->gap || scratch->record.captured > SEGMENT_CAP - FRAME_HEADER_BYTES ?
-					       WALK_FLUSHES :
-					       WALK_BEGINS;
-			continue;
-		}
-		if (walk->keep) {
+			if (FRAME_HEADER_BYTES - held < piece)
+				piece = FRAME_HEADER_BYTES - held;
+			opaque(piece);
+			opaque(held);
+			if (piece > FRAME_HEADER_BYTES || held > FRAME_HEADER_BYTES ||
+			    bpf_probe_read_user(walk->header + held, piece, (void *)(scratch->iovec.base + offset)))
+				goto fault;
+			walk->held = held + piece;
+		} else if (walk->keep) {
 			__u64 captured = unfollowed(scratch->record.captured);
 
 			if (captured >= SEGMENT_CAP)

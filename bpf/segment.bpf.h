@@ -16,6 +16,21 @@ static __always_inline bool read_iovec(struct user_iovec *iovec, __u64 iov, __u3
  */
 #define unfollowed(variable) (*(volatile typeof(variable) *)&(variable))
 
+/* User space looks into the ring buffer by itself every now and then; it is woken when much waits. The band keeps a
+ * slow reader from being woken for every record.
+ */
+#define WAKEUP_BAND 16384
+
+static __always_inline __u64 wakeup_flags_at(__u64 waiting)
+{
+	return waiting >= wakeup_bytes && waiting < wakeup_bytes + WAKEUP_BAND ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
+}
+
+static __always_inline __u64 wakeup_flags(void)
+{
+	return wakeup_flags_at(bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA));
+}
+
 static __always_inline struct segment_scratch *fill_segment(struct connection *connection, __u8 direction, __u64 now)
 {
 	struct record_exchange *exchange = &connection->exchange;
@@ -45,7 +60,8 @@ static __always_inline struct segment_scratch *fill_segment(struct connection *c
 
 static __always_inline void send_segment(struct segment_scratch *scratch, __u64 *offset, __u64 length)
 {
-	__u64 captured = scratch->record.captured;
+	__u64 captured = scratch->record.captured, waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
+	__u64 size = bpf_ringbuf_query(&records, BPF_RB_RING_SIZE);
 
 	scratch->record.offset = *offset;
 	scratch->record.length = length;
@@ -53,7 +69,9 @@ static __always_inline void send_segment(struct segment_scratch *scratch, __u64 
 	opaque(captured);
 	if (captured > SEGMENT_CAP)
 		captured = SEGMENT_CAP;
-	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP))
+	/* An eighth is left to what is no segment: the close that ends a connection's requests, above all. */
+	if (waiting + size / 8 > size ||
+	    bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, wakeup_flags_at(waiting)))
 		count(COUNTER_SEGMENTS_LOST);
 	else
 		count(COUNTER_SEGMENTS);

@@ -77,6 +77,8 @@ class Http2Connection:
         self._streams: dict[int, Stream] = {}
         self._announced = 0  # the highest stream that announce() has told of
         self._last_stream = 0  # the highest that a request was seen on
+        self._may_have_missed = False  # requests, since then
+        self._has_preface = False
         self._ready: list[tuple[Exchange, Call]] = []
         self._segment: Segment | None = None  # the first one without its data: who and where
         self._peer = (b"", 0)
@@ -260,6 +262,7 @@ class Http2Connection:
         """Framing of a direction is lost: header blocks and settings may have been in what was not read."""
         reader, fields = self._direction(is_request)
         self.losses.count(reason if reader.frames else "mid_stream")
+        self._may_have_missed |= is_request
         reader.reset(seeking=True)
         fields.forget()
         self._settings(None, is_request=is_request)
@@ -274,6 +277,7 @@ class Http2Connection:
         self._streams.clear()
 
     def _on_preface(self) -> None:
+        self._has_preface = True
         self._request_fields.begin()
         self._response_fields.begin()
         if self._responses.frame_bytes == ANY_FRAME_BYTES:
@@ -296,6 +300,8 @@ class Http2Connection:
         elif kind == Kind.GOAWAY:
             self._go_away(payload)
         elif kind == Kind.SETTINGS and not flags & ACK:
+            if self._has_preface and self._responses.frames == 1 and self._requests.frame_bytes == ANY_FRAME_BYTES:
+                self._requests.frame_bytes = DEFAULT_FRAME_BYTES  # the server's first frame: nothing was agreed before
             self._settings(payload, is_request=False)
 
     def _direction(self, is_request: bool) -> tuple[FrameReader, HeaderDecoder]:
@@ -343,6 +349,8 @@ class Http2Connection:
         key = hash(block)
         asked = decoder.repeats.get(key)
         is_new = stream_id > self._last_stream
+        if self._may_have_missed:
+            self._count_missed(stream_id)
         if asked is None or not is_new:
             changes = decoder.changes
             try:
@@ -373,6 +381,12 @@ class Http2Connection:
         self._last_stream = stream_id
         messages = grpc.MessageCounter() if asked[0].rpc is not None else None
         self._streams[stream_id] = Stream(asked, Side(start_ns, self._time_ns, self._tid, messages), ends)
+
+    def _count_missed(self, stream_id: int) -> None:
+        """Clients use one stream after the other: the requests that were in a gap are those left out."""
+        self._may_have_missed = False
+        if 0 < self._last_stream < stream_id:
+            self.lost += (stream_id - self._last_stream - 1) // 2
 
     def _lose_request(self, stream_id: int, reason: str) -> None:
         self._last_stream = stream_id

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from h2.errors import ErrorCodes
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from agent.propagation import FORMATS, Extractor
 from agent.protocols import http2_frames, http2_stream
 from agent.protocols.http2 import Http2
+from tests.unit.frame_walk import FrameWalk
 from tests.unit.http2_traffic import (
     CLIENT,
     GRPC_OK,
@@ -281,6 +283,54 @@ def test_a_connection_that_is_older_than_the_agent(seed, requests) -> None:
         check_within_limits(observed)
     observed.close()
     check_some(observed, expected)
+
+
+def walked(log: Log, choice: random.Random, largest: int) -> Iterator[tuple[int, bytes, int, int, int]]:
+    """(direction, offset, data, length, flags) of the segments that the kernel makes of the log, cut into transfers."""
+    walks = {REQUEST: FrameWalk(begins=True), RESPONSE: FrameWalk(begins=False)}
+    for direction, data in cut(log, choice, largest):
+        for offset, captured, length, flags in walks[direction].transfer(data):
+            yield direction, offset, captured, length, flags
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([1, 7, 40, 600, 5000, 100_000]))
+@settings(max_examples=100, deadline=None)
+def test_what_the_kernel_forwards_is_enough(seed, requests, largest) -> None:
+    """Whatever the transfers are, nothing is lost, and sizes are exact; only the counts of messages may be missing."""
+    log, expected = converse(random.Random(seed), requests)
+    observed = Observed()
+    for direction, offset, data, length, flags in walked(log, random.Random(seed), largest):
+        before = offset - observed.offsets[direction]
+        observed.see(direction, data, length - len(data), before, flags)
+        check_within_limits(observed)
+    assert observed.losses.reasons == {}
+    assert observed.connection.lost == 0
+    assert len(observed.results) == len(expected)
+    for call in observed.calls:
+        made = expected[path_of(call)]
+        values = dict(call.all_attributes())
+        if not made.is_rpc and not made.reset:
+            assert values["http.response.status_code"] == made.status
+            assert values.get("http.response.body.size") in (None, made.answered_bytes)
+        for name, count in (("request", made.asked_messages), ("response", made.answered_messages)):
+            assert values.get(f"spanloom.rpc.{name}.messages") in (None, count)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([40, 600, 5000]), st.sampled_from([0.02, 0.2]))
+@settings(max_examples=100, deadline=None)
+def test_lost_segments_never_make_anything_up(seed, requests, largest, rate) -> None:
+    """Where the ring buffer was full, what is handed out is true, and no request is counted twice."""
+    choice = random.Random(seed)
+    log, expected = converse(choice, requests)
+    observed = Observed()
+    for direction, offset, data, length, flags in walked(log, choice, largest):
+        if choice.random() >= rate:
+            before = offset - observed.offsets[direction]
+            observed.see(direction, data, length - len(data), before, flags)
+            check_within_limits(observed)
+    observed.close()
+    check_some(observed, expected)
+    assert len(observed.results) + observed.connection.lost <= len(expected)
 
 
 # ---- Late starts and gaps, one by one
