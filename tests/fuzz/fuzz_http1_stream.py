@@ -73,7 +73,7 @@ def segments(data: bytes) -> Iterator[tuple[Segment, bool]]:
             offset = max(offset - 4, 0)
         total = len(piece) + (16 if control & 2 else 0)
         offsets[direction] = offset + total
-        yield segment(direction, piece, offset, total, number), bool(control & 128)
+        yield segment(direction, piece, offset, total, number, 3 if control & 16 else 1), bool(control & 128)
 
 
 def closing(data: bytes) -> ConnectionClosed | None:
