@@ -162,6 +162,13 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     data: bytes
 
 
+class PeerFound(msgspec.Struct, frozen=True, gc=False):
+    """Both ends of an HTTP/2 connection are on this node (``struct record_peer``): the server's and the client's."""
+
+    connection_id: int
+    peer_connection_id: int
+
+
 class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
     """A connection ended whose last exchange had been reported provisionally, or one in stream mode.
 

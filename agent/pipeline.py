@@ -18,7 +18,7 @@ import msgspec
 from agent.errors import ProtocolError
 from agent.hold import Hold
 from agent.kernel.records import Decoder
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Role, Segment, SegmentFlag, Span
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, SegmentFlag, Span
 from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.protocols.http2 import Http2
@@ -62,11 +62,6 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
-_SERVER, _CLIENT = int(Role.SERVER), int(Role.CLIENT)
-_MAPPED = bytes(10) + b"\xff\xff"
-_LOOPBACK6 = bytes(15) + b"\1"
-
-_Endpoint = tuple[bytes, int, int]
 _Stream = PipelinedConnection | Http2Connection
 _Decision = tuple[int, tuple[int, int], bool, list[Callable[[Exchange], Call]]]
 
@@ -111,12 +106,6 @@ READING_SECONDS = 1.0
 def _parsers_of(protocols: Sequence[Any]) -> list[Callable[[Exchange], Call]]:
     """Those that read exchanges; HTTP/2 reads connections."""
     return [protocol.parse for protocol in protocols if not isinstance(protocol, Http2)] or [_no_protocol]
-
-
-def _endpoint(address: bytes, port: int, netns: int) -> _Endpoint:
-    """What tells a client's address from others: on the loopback, which every network namespace has, that as well."""
-    is_loopback = (address[:12] == _MAPPED and address[12] == 127) or address == _LOOPBACK6
-    return address, port, netns if is_loopback else 0
 
 
 def _no_protocol(exchange: Exchange) -> Call:
@@ -193,8 +182,8 @@ class Pipeline:
         self._streams_waiting: OrderedDict[int, int] = OrderedDict()
         self._streams_seen = 0
         self._streams_outstanding = 0
-        # Client ends of HTTP/2 connections, by their own address as a server on this node sees it.
-        self._http2_clients: dict[_Endpoint, int] = {}
+        # The clients' ends of servers' HTTP/2 connections, until the first segment of these.
+        self._peers_found: dict[int, int] = {}
         self._http2_streams = 0  # connections of HTTP/2 among _streams
         # Streams of which no request has been read yet: each stands for the exchange that the kernel has counted.
         self._streams_unread: set[int] = set()
@@ -213,6 +202,7 @@ class Pipeline:
             ProcessSeen: self._on_process_seen,
             Segment: self._on_segment,
             ConnectionClosed: self._on_close,
+            PeerFound: self._on_peer,
         }
 
     def run_once(self, now_ns: int, limit_bytes: int | None = None) -> int:
@@ -566,27 +556,29 @@ class Pipeline:
                 self.received -= 1
                 self.superseded += 1
         lost, outstanding = stream.lost, stream.outstanding
-        if type(stream) is Http2Connection and not stream.peer_connection_id and segment.role == _SERVER:
-            # Looked for until it is found: the client's first segment may come after the server's.
-            client = _endpoint(segment.remote_address, segment.remote_port, segment.netns)
-            stream.peer_connection_id = self._http2_clients.get(client, 0)
         ended = stream.feed(segment)
         self._take_streamed(ended)
         self._count_stream(segment.connection_id, stream, lost, outstanding, segment.time_ns)
         if self._streams_unread and (ended or stream.lost or stream.outstanding):
             self._note_request(segment.connection_id)
 
+    def _on_peer(self, found: PeerFound) -> None:
+        stream = self._streams.get(found.connection_id)
+        if type(stream) is Http2Connection:
+            stream.peer_connection_id = found.peer_connection_id
+            return
+        if len(self._peers_found) >= self._max_pending:  # their segments were lost
+            del self._peers_found[next(iter(self._peers_found))]
+        self._peers_found[found.connection_id] = found.peer_connection_id
+
     def _new_stream(self, segment: Segment) -> _Stream:
         if segment.flags & _HTTP2:
             http2 = self._http2_of(segment.tgid, segment.process_start_ns)
             if http2 is not None:
-                if segment.role == _CLIENT:
-                    if len(self._http2_clients) >= self._max_pending:
-                        del self._http2_clients[next(iter(self._http2_clients))]
-                    own = _endpoint(segment.local_address, segment.local_port, segment.netns)
-                    self._http2_clients[own] = segment.connection_id
                 self._http2_streams += 1
-                return Http2Connection(http2, self.stream_losses)
+                stream = Http2Connection(http2, self.stream_losses)
+                stream.peer_connection_id = self._peers_found.pop(segment.connection_id, 0)
+                return stream
         return PipelinedConnection(self.stream_losses)
 
     def _http2_of(self, tgid: int, process_start_ns: int) -> Http2 | None:
@@ -599,9 +591,6 @@ class Pipeline:
         lost, outstanding = stream.lost, stream.outstanding
         if type(stream) is Http2Connection:
             self._http2_streams -= 1
-            own = stream.own
-            if own is not None and self._http2_clients.get(_endpoint(*own)) == connection_id:
-                del self._http2_clients[_endpoint(*own)]
         self._take_streamed(stream.close(closed))
         self._count_stream(connection_id, stream, lost, outstanding, 0)
         if self._note_request(connection_id):

@@ -12,6 +12,7 @@ enum record_kind {
 	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
 	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
+	RECORD_PEER = 5,    /* where the other end of an HTTP/2 connection is on this node */
 };
 
 enum exchange_role {
@@ -76,6 +77,7 @@ enum counter {
 	COUNTER_IGNORED_PORT,       /* requests on ports that are not selected */
 	COUNTER_RESPONSE_ALONE,     /* response bytes without a request: it was sent before the agent started */
 	COUNTER_READ_FAULT,         /* user memory that could not be read */
+	COUNTER_PEERS_LOST,         /* peer records lost because the ring buffer was full */
 	COUNTER_FRAMES_LOST,        /* times that the place among the frames of an HTTP/2 connection was lost */
 	COUNTERS,
 };
@@ -144,6 +146,13 @@ struct record_segment {
 	__u16 remote_port;
 	__u8 local_address[16];
 	__u8 remote_address[16];
+};
+
+struct record_peer {
+	__u16 kind;
+	__u8 _pad[6];
+	__u64 connection_id;      /* the server's */
+	__u64 peer_connection_id; /* the client's */
 };
 
 struct record_close {

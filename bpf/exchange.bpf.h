@@ -490,6 +490,41 @@ static __always_inline __u64 peer_exchange(struct connection *connection, __u64 
 	return peer->exchange.exchange_id;
 }
 
+/* Tells user space, once, that the client's end of a server's HTTP/2 connection is on this node: the streams of the two
+ * have the same numbers. Global for the reason given at absorb_iovecs().
+ */
+__noinline int tell_peer(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct record_peer record = { .kind = RECORD_PEER };
+	struct endpoint endpoint;
+	struct connection *peer;
+	__u64 *found, peer_sock;
+
+	if (!connection)
+		return 0;
+	connection->peer_tries++;
+	endpoint_of(&endpoint, connection->exchange.remote_address, connection->exchange.remote_port,
+		    connection->exchange.netns, connection->exchange.local_port);
+	found = bpf_map_lookup_elem(&endpoints, &endpoint);
+	if (!found) {
+		endpoint.server_port = 0;
+		found = bpf_map_lookup_elem(&endpoints, &endpoint);
+		if (!found)
+			return 0;
+	}
+	peer_sock = *found;
+	peer = bpf_map_lookup_elem(&connections, &peer_sock);
+	if (!peer || !peer->http2 || peer->exchange.role != ROLE_CLIENT || !is_other_end(sock, peer_sock))
+		return 0;
+	connection->peer_connection_id = peer->exchange.connection_id;
+	record.connection_id = connection->exchange.connection_id;
+	record.peer_connection_id = connection->peer_connection_id;
+	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_NO_WAKEUP))
+		count(COUNTER_PEERS_LOST);
+	return 0;
+}
+
 /* Whether the current process is captured. *process is its entry, or 0 when nothing is known of it yet. */
 static __always_inline bool is_captured(__u64 pid_tgid, struct process **process)
 {
@@ -791,7 +826,7 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 
 	connection->mode = MODE_STREAM;
 	connection->state = STATE_IDLE;
-	__sync_fetch_and_add(&stream_connections, 1);
+	count_stream();
 	count(COUNTER_STREAMED);
 	exchange->response_bytes = 0;
 	if (!scratch || !length)
@@ -1027,10 +1062,13 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 /* All zero: the initial value of a connection's entry. */
 static const struct connection zero_connection;
 
-static __always_inline void untrack(__u64 key)
+static __always_inline void untrack(__u64 key, bool streams)
 {
-	if (!bpf_map_delete_elem(&connections, &key))
-		__sync_fetch_and_add(&tracked_connections, -1);
+	if (bpf_map_delete_elem(&connections, &key))
+		return;
+	__sync_fetch_and_add(&tracked_connections, -1);
+	if (streams)
+		__sync_fetch_and_add(&stream_connections, -1);
 }
 
 static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u64 key)
@@ -1046,9 +1084,11 @@ static __always_inline void forget(__u64 key)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
 	struct endpoint endpoint;
+	bool streams;
 
 	if (!connection)
 		return;
+	streams = connection->mode == MODE_STREAM;
 	if (connection->exchange.role == ROLE_CLIENT) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
 			    connection->exchange.netns, connection->exchange.remote_port);
@@ -1056,7 +1096,7 @@ static __always_inline void forget(__u64 key)
 		endpoint.server_port = 0;
 		forget_endpoint(&endpoint, key);
 	}
-	untrack(key);
+	untrack(key, streams);
 }
 
 /* A connection that is not tracked carried bytes: track it when they begin a request, or are HTTP/2's. `socket` is 0 when the sock is
@@ -1081,7 +1121,7 @@ __noinline int join_frames(__u64 sock, __u64 direction)
 	connection->http2 = 1;
 	connection->walks[direction == DIRECTION_RESPONSE ? 0 : 1].lost = 1;
 	connection->mode = MODE_STREAM;
-	__sync_fetch_and_add(&stream_connections, 1);
+	count_stream();
 	count(COUNTER_BEGUN); /* user space says how many requests it is that this stands for */
 	count(COUNTER_STREAMED);
 	return 0;

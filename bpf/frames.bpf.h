@@ -172,6 +172,7 @@ __noinline int recognise_frames(__u64 address, __u64 iov_count, __u64 length)
 static __always_inline void begin_frames(struct connection *connection, __u32 seen)
 {
 	connection->http2 = 1;
+	connection->peer_tries = 0;
 	connection->walks[0].left = PREFACE_BYTES - seen;
 	connection->walks[0].keep = PREFACE_BYTES - seen;
 	connection->walks[0].entered_ns = connection->exchange.request_start_ns;
@@ -436,6 +437,9 @@ __noinline int walk_on(__u64 sock, __u64 response)
 	return 1;
 }
 
+/* Finds the client's end of a server's connection: exchange.bpf.h. */
+__noinline int tell_peer(__u64 sock);
+
 /* Walks over a transfer of a direction of an HTTP/2 connection: `address` is that of the bytes, or of iov_count iovecs, or
  * 0 for bytes that never were in user memory.
  */
@@ -447,6 +451,8 @@ __noinline int walk_transfer(__u64 sock, __u64 address, __u64 iov_count, __u64 l
 	if (!connection)
 		return 0;
 	was_lost = connection->walks[response ? 1 : 0].lost || !http2_enabled;
+	if (connection->exchange.role == ROLE_SERVER && !connection->peer_connection_id && connection->peer_tries < 3)
+		tell_peer(sock);
 	if (begin_walk(sock, address, iov_count, length, response)) {
 		for (__u32 i = 0; i < WALK_ROUNDS; i++) {
 			if (!walk_on(sock, response))

@@ -242,6 +242,7 @@ union {
 	struct record_process process;
 	struct record_segment segment;
 	struct record_close close;
+	struct record_peer peer;
 	enum record_kind kind;
 	enum exchange_role role;
 	enum exchange_end end;
@@ -264,7 +265,14 @@ __u64 ports_default = 1; /* whether a port that is not in the map is selected */
 __u64 http2_enabled = 1; /* 0: HTTP/2 is neither recognised nor followed */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
-__u64 stream_connections; /* connections that ever entered stream mode; 0 lets exits of write calls return at once */
+__u64 stream_connections; /* of them, those in stream mode: 0 lets exits of write calls return at once */
+__u64 streams_entered; /* counts the connections that ever entered it */
+
+static __always_inline void count_stream(void)
+{
+	__sync_fetch_and_add(&stream_connections, 1);
+	__sync_fetch_and_add(&streams_entered, 1);
+}
 
 static __always_inline void count(__u32 counter)
 {

@@ -134,10 +134,10 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	}
 	simplify(&transfer);
 	transfer.sequence = as_tcp(sock)->write_seq;
-	streams = stream_connections;
+	streams = streams_entered;
 	send->may_stream = connection && connection->mode == MODE_STREAM;
 	on_transfer(connection, 0, 0, sock, &transfer, true, true, pid_tgid);
-	if (stream_connections != streams)
+	if (streams_entered != streams)
 		send->may_stream = 1; /* perhaps this one */
 	return 0;
 }

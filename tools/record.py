@@ -32,6 +32,7 @@ DESCRIBED = (
     "record_process",
     "record_segment",
     "record_close",
+    "record_peer",
     "record_kind",
     "exchange_role",
     "exchange_end",

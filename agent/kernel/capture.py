@@ -264,6 +264,7 @@ class Capture:
             for key in self._keys(name):
                 lib.bpf_map_delete_elem(descriptor, key)
         self._tracked[0] = 0
+        ffi.cast("uint64_t *", self._variable(".bss", "stream_connections", 8))[0] = 0
         self._release_sweep()
 
     def hasten(self, hurry: bool = True) -> None:

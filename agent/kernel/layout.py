@@ -90,6 +90,7 @@ class WireLayout:
     process: RecordLayout
     segment: RecordLayout
     close: RecordLayout
+    peer: RecordLayout
     kinds: dict[str, int]
     counters: tuple[str, ...]
 
@@ -106,11 +107,14 @@ class WireLayout:
                 ("record_process", None),
                 ("record_segment", None),
                 ("record_close", None),
+                ("record_peer", None),
             )
         }
         check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
         check_fields("record_segment", layouts["record_segment"], model.Segment, ("data",))
         check_fields("record_close", layouts["record_close"], model.ConnectionClosed, ())
+        if layouts["record_peer"].fields != ("kind", *model.PeerFound.__struct_fields__):
+            raise LayoutMismatchError(f"struct record_peer has {layouts['record_peer'].fields}")
         process = layouts["record_process"].fields
         if process != ("kind", *model.ProcessSeen.__struct_fields__):
             raise LayoutMismatchError(f"struct record_process has {process}")
@@ -126,6 +130,7 @@ class WireLayout:
             process=layouts["record_process"],
             segment=layouts["record_segment"],
             close=layouts["record_close"],
+            peer=layouts["record_peer"],
             kinds=parse_enum(describe("record_kind")),
             counters=tuple(name.removeprefix("COUNTER_").lower() for name in list(counters)[:-1]),
         )

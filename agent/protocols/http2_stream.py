@@ -110,14 +110,6 @@ class Http2Connection:
         self._response_fields.repeats.clear()
 
     @property
-    def own(self) -> tuple[bytes, int, int] | None:
-        """Address, port and network namespace of a client's end; None at a server's, and before the first segment."""
-        segment = self._segment
-        if segment is None or self._role != Role.CLIENT:
-            return None
-        return segment.local_address, segment.local_port, segment.netns
-
-    @property
     def process(self) -> tuple[int, int]:
         """Whose connection it is: process id and start. Known from the first segment on."""
         segment = self._segment

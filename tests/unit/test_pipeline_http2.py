@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from agent.model import ConnectionClosed, End, Role, Segment
+from agent.model import ConnectionClosed, End, PeerFound, Role, Segment
 from agent.process import Selector
 from agent.protocols.http1 import Http1
 from agent.protocols.http2 import Http2
@@ -70,6 +70,7 @@ def test_the_two_ends_of_a_stream_are_parent_and_child() -> None:
         data = opening + b"".join(asked)
         ends = [client.sees(REQUEST, data, 1000), server.sees(REQUEST, data, 1001)]
         running = bench()
+        running.send(PeerFound(50, 60))
         streamed(running, ends[not client_first])
         streamed(running, ends[client_first])
         running.send(server.sees(RESPONSE, b"".join(answered), 1050))
