@@ -7,8 +7,8 @@ whatever the bytes and numbers are; a body is kept; a request gets a path, a nam
 Each direction has its own frame reader and its own HPACK context. A stream's exchange ends with its response, since
 that is what the caller waits for, or with what cuts it short. Kernel records may leave bytes out. Inside a DATA frame
 that does no harm; inside a header block it loses that block, and what later blocks refer to in it is unknown; where a
-frame header may have been, the streams that are open are lost, and reading starts again at a segment that begins like a
-frame. A connection that is older than its first segment is read in the same way.
+frame header may have been, the streams that are open are lost, and reading starts again where the kernel says that
+a segment begins with a frame. A connection that is older than its first segment is read in the same way.
 
 Bounds per connection: 1024 open streams, for each direction 64 KiB of a header block, 16 KiB of its dynamic table.
 """
