@@ -34,9 +34,9 @@ AttributeValue = Annotated[
     ShortText | bool | Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | float,
     Meta(extra={"expect": "a text, true or false, a 64-bit integer or a number"}),
 ]
-ProtocolName = Literal["http1"]
+ProtocolName = Literal["http1", "http2"]
 """The names of ``agent.protocols.PROTOCOLS``."""
-Format = Literal["tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog"]
+Format = Literal["tracecontext", "grpc", "b3", "b3multi", "jaeger", "xray", "datadog"]
 
 
 class Section(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -132,8 +132,11 @@ class Capture(Section, frozen=True):
     ] = True
     protocols: Annotated[
         tuple[ProtocolName, ...],
-        _help("Protocols that become spans; what only others would read is dropped and counted as `protocol_off`."),
-    ] = ("http1",)
+        _help(
+            "Protocols that become spans; what only others would read is dropped and counted as `protocol_off`. "
+            "`http2` includes gRPC; without it the kernel does not follow HTTP/2 at all."
+        ),
+    ] = ("http1", "http2")
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),
@@ -185,9 +188,9 @@ class Propagation(Section, frozen=True):
         tuple[Format, ...],
         _help(
             "Header formats that are read, the most trusted first. The first valid one decides; others that disagree "
-            "become span links. Each may stand once; an empty list reads none."
+            "become span links. `grpc` is `grpc-trace-bin`. Each may stand once; an empty list reads none."
         ),
-    ] = ("tracecontext", "b3", "b3multi", "jaeger", "xray", "datadog")
+    ] = ("tracecontext", "grpc", "b3", "b3multi", "jaeger", "xray", "datadog")
 
 
 class Sampling(Section, frozen=True):

@@ -75,18 +75,16 @@ _PIPELINE = (
     Metric("spanloom_records_superseded_total", "Records of exchanges that had been finished already.", "counter"),
     Metric(
         "spanloom_streams_lost_total",
-        "Times that the requests of a pipelined connection could not be followed, by reason.",
+        "Times that requests of a pipelined or HTTP/2 connection could not be followed, or a limit was met, by reason.",
         "counter",
         ("reason",),
     ),
     Metric(
         "spanloom_streams_unmatched_responses_total",
-        "Responses on pipelined connections without a request to go with.",
+        "Responses on pipelined and HTTP/2 connections without a request to go with.",
         "counter",
     ),
-    Metric(
-        "spanloom_streams_overlapping_bytes_total", "Bytes of pipelined connections that were seen before.", "counter"
-    ),
+    Metric("spanloom_streams_overlapping_bytes_total", "Bytes of such connections that were seen before.", "counter"),
     Metric("spanloom_processes", "Processes whose resource is remembered.", "gauge"),
     Metric("spanloom_processes_vanished_total", "Processes that were gone before they could be looked up.", "counter"),
     Metric("spanloom_processes_evicted_total", "Processes that were forgotten to make room for others.", "counter"),

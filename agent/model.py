@@ -131,8 +131,15 @@ class ProcessSeen(msgspec.Struct, frozen=True, gc=False):
     cgroup: bytes
 
 
+class SegmentFlag(IntFlag):
+    """Bits of ``enum segment_flag`` in bpf/events.h."""
+
+    HTTP2 = 1
+    AT_FRAME = 2
+
+
 class Segment(msgspec.Struct, frozen=True, gc=False):
-    """The bytes of one system call on a connection in stream mode (``struct record_segment``).
+    """Bytes of one system call on a connection in stream mode (``struct record_segment``).
 
     ``direction`` is 1 for request bytes, 2 for response bytes. ``offset`` counts the bytes of this direction before the
     segment since the connection entered stream mode. ``length`` above ``len(data)`` means a gap at the segment's end.
@@ -142,6 +149,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     role: int
     direction: int
     captured: int
+    flags: int
     connection_id: int
     process_start_ns: int
     time_ns: int
@@ -155,6 +163,13 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     local_address: bytes
     remote_address: bytes
     data: bytes
+
+
+class PeerFound(msgspec.Struct, frozen=True, gc=False):
+    """Both ends of an HTTP/2 connection are on this node (``struct record_peer``): the server's and the client's."""
+
+    connection_id: int
+    peer_connection_id: int
 
 
 class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):

@@ -11,21 +11,29 @@ import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
 from agent.errors import ProtocolError
 from agent.hold import Hold
 from agent.kernel.records import Decoder
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, SegmentFlag, Span
 from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
+from agent.protocols.http2 import Http2
+from agent.protocols.http2_stream import Http2Connection
 from agent.stitch import Stitcher
 
 _FIRST = int(Flag.FIRST)
 _STREAM = int(Flag.STREAM)
 _QUIET = int(End.QUIET)  # OPEN and QUIET, the provisional ends, are the two lowest
+_HTTP2 = int(SegmentFlag.HTTP2)
+OPEN_NS = 200_000_000
+"""So old is a request of HTTP/2 when others may refer to it before it ends: ``open_ns`` of the kernel's programs."""
+SEND_NS = 50_000_000
+"""So long may a call that sends a request of HTTP/2 take: its bytes are reported when it returns, and the other end may
+have reported them before."""
 _INTERLEAVING_LANGUAGES = frozenset({"go", "nodejs"})
 
 PROCESS_TRACED, PROCESS_IGNORED = 1, 2
@@ -55,6 +63,7 @@ class Sink(Protocol):
     def flush(self) -> None: ...
 
 
+_Stream = PipelinedConnection | Http2Connection
 _Decision = tuple[int, tuple[int, int], bool, list[Callable[[Exchange], Call]]]
 
 
@@ -93,6 +102,11 @@ class _Account(msgspec.Struct, frozen=True, kw_only=True):
 
 READING_SECONDS = 1.0
 """How long a reader waits for the pipeline to stand still: a console that nobody reads may stop it for ever."""
+
+
+def _parsers_of(protocols: Sequence[Any]) -> list[Callable[[Exchange], Call]]:
+    """Those that read exchanges; HTTP/2 reads connections."""
+    return [protocol.parse for protocol in protocols if not isinstance(protocol, Http2)] or [_no_protocol]
 
 
 def _no_protocol(exchange: Exchange) -> Call:
@@ -136,7 +150,7 @@ class Pipeline:
         self._source = source
         self._decoder = decoder
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
+        self._parsers = _parsers_of(protocols)
         self._processes = processes
         self._selector = selector
         self._stitcher = stitcher
@@ -164,11 +178,14 @@ class Pipeline:
         # Connections whose exchange or stream was finished before the kernel was done with it; twice ``max_pending`` at
         # most.
         self._ended_early: set[int] = set()
-        self._streams: dict[int, PipelinedConnection] = {}
+        self._streams: dict[int, _Stream] = {}
         # When something was last heard of those that may owe spans, by connection, the most silent one first.
         self._streams_waiting: OrderedDict[int, int] = OrderedDict()
         self._streams_seen = 0
         self._streams_outstanding = 0
+        # The clients' ends of servers' HTTP/2 connections, until the first segment of these.
+        self._peers_found: dict[int, int] = {}
+        self._http2_streams = 0  # connections of HTTP/2 among _streams
         # Streams of which no request has been read yet: each stands for the exchange that the kernel has counted.
         self._streams_unread: set[int] = set()
         self.received = 0
@@ -186,6 +203,7 @@ class Pipeline:
             ProcessSeen: self._on_process_seen,
             Segment: self._on_segment,
             ConnectionClosed: self._on_close,
+            PeerFound: self._on_peer,
         }
 
     def run_once(self, now_ns: int, limit_bytes: int | None = None) -> int:
@@ -227,7 +245,7 @@ class Pipeline:
         watermark_ns = self._source.sweep()
         self.sweep_ns = time.monotonic_ns() - began_ns
         self.run_once(now_ns)
-        self._stitcher.advance(watermark_ns, now_ns)
+        self._stitcher.advance(self._announce_streams(watermark_ns, now_ns), now_ns)
         self._swept_before, self._swept = self._swept, set()
         self._expire(now_ns)
         self._hand_over(now_ns)
@@ -484,7 +502,7 @@ class Pipeline:
             stream = self._streams[connection_id]
             outstanding = stream.outstanding
             self._take_streamed(stream.expire(now_ns))
-            self._give_up_unread(connection_id)
+            self._give_up_unread(connection_id, stream)
             self._count_stream(connection_id, stream, stream.lost, outstanding, now_ns)
 
     def _end_early(self, exchange: Exchange) -> None:
@@ -528,7 +546,7 @@ class Pipeline:
                 oldest = next(iter(self._streams))
                 self._close_stream(oldest, self._streams.pop(oldest), None)
                 self._remember_early_end(oldest)
-            stream = self._streams[segment.connection_id] = PipelinedConnection(self.stream_losses)
+            stream = self._streams[segment.connection_id] = self._new_stream(segment)
             self._enter_stream(segment.connection_id)
         lost, outstanding = stream.lost, stream.outstanding
         ended = stream.feed(segment)
@@ -554,17 +572,44 @@ class Pipeline:
             self.received -= 1
             self.superseded += 1
 
-    def _close_stream(self, connection_id: int, stream: PipelinedConnection, closed: ConnectionClosed | None) -> None:
+    def _on_peer(self, found: PeerFound) -> None:
+        stream = self._streams.get(found.connection_id)
+        if type(stream) is Http2Connection:
+            stream.peer_connection_id = found.peer_connection_id
+            return
+        if len(self._peers_found) >= self._max_pending:  # their segments were lost
+            del self._peers_found[next(iter(self._peers_found))]
+        self._peers_found[found.connection_id] = found.peer_connection_id
+
+    def _new_stream(self, segment: Segment) -> _Stream:
+        if segment.flags & _HTTP2:
+            http2 = self._http2_of(segment.tgid, segment.process_start_ns)
+            if http2 is not None:
+                self._http2_streams += 1
+                stream = Http2Connection(http2, self.stream_losses)
+                stream.peer_connection_id = self._peers_found.pop(segment.connection_id, 0)
+                return stream
+        return PipelinedConnection(self.stream_losses)
+
+    def _http2_of(self, tgid: int, process_start_ns: int) -> Http2 | None:
+        """The settings by which HTTP/2 connections of a process are read; None when they are not to be."""
+        special = self._protocols_of(self._processes.lookup(tgid, process_start_ns))
+        protocols = special if special is not None else self._protocols
+        return next((protocol for protocol in protocols if isinstance(protocol, Http2)), None)
+
+    def _close_stream(self, connection_id: int, stream: _Stream, closed: ConnectionClosed | None) -> None:
         lost, outstanding = stream.lost, stream.outstanding
+        if type(stream) is Http2Connection:
+            self._http2_streams -= 1
         self._take_streamed(stream.close(closed))
-        self._give_up_unread(connection_id)
+        self._give_up_unread(connection_id, stream)
         self._count_stream(connection_id, stream, lost, outstanding, 0)
 
-    def _give_up_unread(self, connection_id: int) -> None:
-        """The kernel saw a request begin; count it as lost if none could be read."""
+    def _give_up_unread(self, connection_id: int, stream: _Stream) -> None:
+        """The kernel saw a request begin; count it as lost if none could be read. A preface of HTTP/2 is none."""
         if self._note_request(connection_id):
             self.streamed += 1
-            self.dropped["stream_lost"] += 1
+            self.dropped["no_request" if isinstance(stream, Http2Connection) else "stream_lost"] += 1
 
     def _note_request(self, connection_id: int) -> bool:
         """Let a stream that was unread stand for the exchanges that were read from it; False when it did already."""
@@ -574,12 +619,41 @@ class Pipeline:
         self._streams_outstanding -= 1
         return True
 
+    def _announce_streams(self, watermark_ns: int, now_ns: int) -> int:
+        """Tell the stitcher of HTTP/2 requests that have been open for a while, as the kernel does of others.
+
+        Returns a watermark that holds for them, too: the stitcher knows of every one that began before it.
+        """
+        if not self._http2_streams:
+            return watermark_ns
+        watermark_ns = min(watermark_ns, now_ns - SEND_NS)
+        for connection_id in self._streams_waiting:
+            stream = self._streams[connection_id]
+            if type(stream) is Http2Connection:
+                announced, oldest_ns = stream.announce(now_ns - OPEN_NS)
+                for exchange, call in announced:
+                    if self._decision_of(exchange)[2]:
+                        self._stitcher.announce(exchange, call)
+                if oldest_ns:
+                    watermark_ns = min(watermark_ns, oldest_ns)
+        return watermark_ns
+
     def _count_stream(
-        self, connection_id: int, stream: PipelinedConnection, lost: int, outstanding: int, heard_ns: int
+        self,
+        connection_id: int,
+        stream: PipelinedConnection | Http2Connection,
+        lost: int,
+        outstanding: int,
+        heard_ns: int,
+        reason: str = "stream_lost",
     ) -> None:
         if stream.lost != lost:
             self.streamed += stream.lost - lost
-            self.dropped["stream_lost"] += stream.lost - lost
+            self.dropped[reason] += stream.lost - lost
+            if type(stream) is Http2Connection and stream.withdrawn:
+                for exchange_id in stream.withdrawn:
+                    self._stitcher.withdraw(exchange_id)
+                stream.withdrawn = []
         self._streams_outstanding += stream.outstanding - outstanding
         if stream.outstanding or connection_id in self._streams_unread:
             self._streams_waiting[connection_id] = heard_ns
@@ -587,16 +661,24 @@ class Pipeline:
         else:
             self._streams_waiting.pop(connection_id, None)
 
-    def _take_streamed(self, exchanges: Iterable[Exchange]) -> None:
-        for exchange in exchanges:
+    def _take_streamed(self, ended: Iterable[Exchange | tuple[Exchange, Call]]) -> None:
+        for one in ended:
+            exchange, call = one if type(one) is tuple else (one, None)
             self.streamed += 1
-            decided = self._decided.get(exchange.tgid)
-            if decided is None or decided[0] != exchange.process_start_ns:
-                decided = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
-            if decided[2]:
+            decided = self._decision_of(exchange)
+            if not decided[2]:
+                self.dropped["not_selected"] += 1
+                self._stitcher.withdraw(exchange.exchange_id)
+            elif call is None:
                 self._finish(exchange)
             else:
-                self.dropped["not_selected"] += 1
+                self._stitcher.add(exchange, call, decided[1])
+
+    def _decision_of(self, exchange: Exchange) -> _Decision:
+        decided = self._decided.get(exchange.tgid)
+        if decided is None or decided[0] != exchange.process_start_ns:
+            decided = self._decide(self._processes.lookup(exchange.tgid, exchange.process_start_ns))
+        return decided
 
     # -- processes
 
@@ -611,9 +693,18 @@ class Pipeline:
     def reconfigure(self, protocols: Sequence[ExchangeProtocol], selector: Selector) -> None:
         """Read and select otherwise from the next batch on. What the kernel was told is for the caller to take back."""
         self._protocols = protocols
-        self._parsers = [protocol.parse for protocol in protocols] or [_no_protocol]
+        self._parsers = _parsers_of(protocols)
         self._selector = selector
         self._decided.clear()
+        for connection_id, stream in self._streams.items():
+            if isinstance(stream, Http2Connection):
+                http2 = self._http2_of(*stream.process)
+                if http2 is not None:
+                    stream.use(http2)
+                else:
+                    lost, outstanding = stream.lost, stream.outstanding
+                    stream.abandon()
+                    self._count_stream(connection_id, stream, lost, outstanding, 0, "protocol_off")
 
     def forget_peers(self) -> None:
         """The names of peers may be others now."""
@@ -631,7 +722,7 @@ class Pipeline:
     def _decide(self, info: ProcessInfo) -> _Decision:
         selected = self._selector.selects(info)
         special = self._protocols_of(info)
-        parsers = self._parsers if special is None else [protocol.parse for protocol in special] or [_no_protocol]
+        parsers = self._parsers if special is None else _parsers_of(special)
         if len(self._decided) >= self._max_processes:
             self._decided.clear()
         decided = self._decided[info.key[0]] = (info.key[1], info.key, selected, parsers)

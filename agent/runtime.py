@@ -35,6 +35,7 @@ from agent.pipeline import ExchangeProtocol, Pipeline, Sink
 from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.propagation import Extractor
 from agent.protocols import PROTOCOLS
+from agent.protocols.http2 import Http2
 from agent.sampling import Sampler
 from agent.stitch import Stitcher
 from agent.telemetry import Telemetry, configure_logging, event
@@ -300,6 +301,7 @@ class Agent:
         self._follow_pods()  # before the kernel forgets, and before a record is judged by what pods were selected
         if old.select.ports != config.select.ports:
             self.capture.select_ports(config.select.ports.include, config.select.ports.exclude)
+        self.capture.follow_http2(Http2.name in config.capture.protocols)
         self.capture.limit_heads(config.capture.request_head_bytes, config.capture.response_head_bytes)
         if (old.select.executables, old.select.host, old.select.kubernetes) != (
             config.select.executables,
@@ -517,6 +519,7 @@ def _capture_settings(config: Config) -> CaptureSettings:
         exchange_timeout_seconds=config.limits.exchange_timeout_seconds,
         ports_include=tuple(config.select.ports.include),
         ports_exclude=tuple(config.select.ports.exclude),
+        http2=Http2.name in config.capture.protocols,
     )
 
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Captures HTTP/1 exchanges and follows sockets and tasks. User space loads one of the two backends. */
+/* Captures HTTP exchanges and follows sockets and tasks. User space loads one of the two backends. */
 #include "sockets.bpf.h"
 #include "syscalls.bpf.h"
 

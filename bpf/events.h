@@ -12,6 +12,7 @@ enum record_kind {
 	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
 	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
+	RECORD_PEER = 5,    /* where the other end of an HTTP/2 connection is on this node */
 };
 
 enum exchange_role {
@@ -49,6 +50,11 @@ enum segment_direction {
 	DIRECTION_RESPONSE = 2,
 };
 
+enum segment_flag {
+	SEGMENT_HTTP2 = 1 << 0,    /* of an HTTP/2 connection, whose frames the kernel follows */
+	SEGMENT_AT_FRAME = 1 << 1, /* a frame begins where the segment begins */
+};
+
 /* Indices of the counters map. begun = emitted + dropped_* + cancelled + streamed + in flight. */
 enum counter {
 	COUNTER_BEGUN,              /* exchanges begun */
@@ -73,6 +79,8 @@ enum counter {
 	COUNTER_IGNORED_PORT,       /* requests on ports that are not selected */
 	COUNTER_RESPONSE_ALONE,     /* response bytes without a request: it was sent before the agent started */
 	COUNTER_READ_FAULT,         /* user memory that could not be read */
+	COUNTER_PEERS_LOST,         /* peer records lost because the ring buffer was full */
+	COUNTER_FRAMES_LOST,        /* times that the place among the frames of an HTTP/2 connection was lost */
 	COUNTERS,
 };
 
@@ -126,11 +134,16 @@ struct record_segment {
 	__u16 kind;
 	__u8 role;
 	__u8 direction; /* enum segment_direction */
-	__u32 captured; /* bytes of data that follow */
+	__u16 captured; /* bytes of data that follow */
+	__u16 flags;    /* enum segment_flag */
 	__u64 connection_id;
 	__u64 process_start_ns;
 	__u64 time_ns;
-	__u64 offset; /* bytes of this direction before this segment, counted since the connection entered stream mode */
+	/* Bytes of this direction before this segment, counted since the connection entered stream mode. Of HTTP/2 whole
+	 * frames may be left out that say nothing of a request, and are not counted; the gap before a segment is what lies
+	 * between its offset and the end of the one before.
+	 */
+	__u64 offset;
 	__u64 length; /* bytes of the segment; more than captured means a gap */
 	__u32 tgid;
 	__u32 tid;
@@ -139,6 +152,13 @@ struct record_segment {
 	__u16 remote_port;
 	__u8 local_address[16];
 	__u8 remote_address[16];
+};
+
+struct record_peer {
+	__u16 kind;
+	__u8 _pad[6];
+	__u64 connection_id;      /* the server's */
+	__u64 peer_connection_id; /* the client's */
 };
 
 struct record_close {

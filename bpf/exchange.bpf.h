@@ -11,6 +11,7 @@
 #ifndef SPANLOOM_EXCHANGE_BPF_H
 #define SPANLOOM_EXCHANGE_BPF_H
 
+#include "frames.bpf.h"
 #include "sniff.bpf.h"
 #include "sock.bpf.h"
 
@@ -32,11 +33,11 @@ static __always_inline __u64 random_id(void)
 	return id ? id : 1;
 }
 
-/* The one helper that reads user and kernel memory alike, on x86-64 and arm64: the two do not overlap there. */
-static __always_inline bool read_iovec(struct user_iovec *iovec, __u64 iov, __u32 index)
-{
-	return !bpf_probe_read(iovec, sizeof(*iovec), (void *)(iov + index * sizeof(*iovec)));
-}
+/* The client's preface of HTTP/2 (RFC 9113 section 3.4): a request that HTTP/1 has not, and behind its blank line what
+ * is no request of HTTP/1. The shortest pipelined requests are longer.
+ */
+#define PREFACE_HEAD_BYTES 18
+#define PREFACE_WORD TEXT8('P', 'R', 'I', ' ', '*', ' ', 'H', 'T')
 
 /* What the first bytes of a transfer look like. */
 enum look {
@@ -45,6 +46,7 @@ enum look {
 	LOOKS_RESPONSE = 1 << 2,
 	LOOKS_TLS = 1 << 3,
 	LOOK_FAILED = 1 << 4, /* no bytes, or memory that cannot be read */
+	LOOKS_HEADERS = 1 << 5, /* perhaps a frame of HTTP/2 with a whole header block */
 };
 
 /* A function of its own so that the verifier walks it once, not once per way in which the bytes were gathered. */
@@ -59,6 +61,10 @@ __noinline int judge(__u64 word, __u64 length)
 		first.word >>= 16;
 		first.length -= 2;
 	}
+	if (first.word == PREFACE_WORD && !http2_enabled)
+		return 0; /* the preface */
+	if (looks_like_headers(word) && length >= 8 && http2_enabled)
+		return LOOKS_HEADERS;
 	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
 	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
 }
@@ -131,11 +137,6 @@ static __always_inline void push_tail(struct connection *connection, __u64 buffe
 		connection->tail = connection->tail >> (8 * few) | word << (8 * (8 - few));
 	}
 }
-
-/* Values that the verifier shall not follow: it would walk every combination of loop counters. What is read back from
- * a map is an unknown number to it, and the loops below converge after one round.
- */
-#define unfollowed(variable) (*(volatile typeof(variable) *)&(variable))
 
 /* Copies from user memory to the end of the data, at most up to `limit` bytes of data in all and COPY_SLACK in one
  * call. Returns the bytes copied.
@@ -298,18 +299,6 @@ static __always_inline __u32 request_room(void)
 static __always_inline __u32 response_room(void)
 {
 	return response_limit < response_cap ? response_limit : response_cap;
-}
-
-/* User space looks into the ring buffer by itself every now and then; it is woken when much waits. The band keeps a
- * slow reader from being woken for every record.
- */
-#define WAKEUP_BAND 16384
-
-static __always_inline __u64 wakeup_flags(void)
-{
-	__u64 waiting = bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA);
-
-	return waiting >= wakeup_bytes && waiting < wakeup_bytes + WAKEUP_BAND ? BPF_RB_FORCE_WAKEUP : BPF_RB_NO_WAKEUP;
 }
 
 /* Sends the exchange to user space. `first` says that no record told of it before. */
@@ -521,6 +510,41 @@ static __always_inline __u64 peer_exchange(struct connection *connection, __u64 
 	return peer->exchange.exchange_id;
 }
 
+/* Tells user space, once, that the client's end of a server's HTTP/2 connection is on this node: the streams of the two
+ * have the same numbers. Global for the reason given at absorb_iovecs().
+ */
+__noinline int tell_peer(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct record_peer record = { .kind = RECORD_PEER };
+	struct endpoint endpoint;
+	struct connection *peer;
+	__u64 *found, peer_sock;
+
+	if (!connection)
+		return 0;
+	connection->peer_tries++;
+	endpoint_of(&endpoint, connection->exchange.remote_address, connection->exchange.remote_port,
+		    connection->exchange.netns, connection->exchange.local_port);
+	found = bpf_map_lookup_elem(&endpoints, &endpoint);
+	if (!found) {
+		endpoint.server_port = 0;
+		found = bpf_map_lookup_elem(&endpoints, &endpoint);
+		if (!found)
+			return 0;
+	}
+	peer_sock = *found;
+	peer = bpf_map_lookup_elem(&connections, &peer_sock);
+	if (!peer || !peer->http2 || peer->exchange.role != ROLE_CLIENT || !is_other_end(sock, peer_sock))
+		return 0;
+	connection->peer_connection_id = peer->exchange.connection_id;
+	record.connection_id = connection->exchange.connection_id;
+	record.peer_connection_id = connection->peer_connection_id;
+	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_NO_WAKEUP))
+		count(COUNTER_PEERS_LOST);
+	return 0;
+}
+
 /* Whether the current process is captured. *process is its entry, or 0 when nothing is known of it yet. */
 static __always_inline bool is_captured(__u64 pid_tgid, struct process **process)
 {
@@ -685,8 +709,8 @@ static __always_inline bool is_bodyless(const struct connection *connection)
 #define PIPELINE_SCAN 1024
 #define CRLFCRLF TEXT4('\r', '\n', '\r', '\n')
 
-/* A request line ends somewhere behind `from` in the captured bytes. Of any four bytes in a row of "P/1." every fourth
- * byte of the data is one. Global for the reason given at absorb_iovecs().
+/* A request line ends somewhere behind `from` in the captured bytes, or they are HTTP/2's. Of any four bytes in a row of
+ * "P/1." every fourth byte of the data is one. Global for the reason given at absorb_iovecs().
  */
 __noinline int holds_request_line(__u64 sock, __u64 from)
 {
@@ -696,6 +720,11 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 	if (!connection)
 		return 0;
 	length = connection->data_length;
+	if (from == PREFACE_HEAD_BYTES && *(__u64 *)connection->data == PREFACE_WORD &&
+	    *(__u64 *)(connection->data + 8) == TEXT8('T', 'P', '/', '2', '.', '0', '\r', '\n')) {
+		begin_frames(connection, 0);
+		return 1;
+	}
 	connection->cursor_index = from + 8;
 	for (__u32 round = 0; round < PIPELINE_SCAN / 4; round++) {
 		__u64 i = unfollowed(connection->cursor_index), word = 0, start;
@@ -729,8 +758,25 @@ __noinline int holds_request_line(__u64 sock, __u64 from)
 	return 0;
 }
 
-/* Another request stands behind the first one in the captured bytes. Every fourth byte is looked at: the four bytes of
- * a blank line always include one of them.
+/* The preface of HTTP/2 came in pieces (Go's server reads it so) and is whole now: what came `before` the transfer at hand
+ * is forwarded first. Global for the reason given at absorb_iovecs().
+ */
+__noinline int ends_preface(__u64 sock, __u64 before)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (!connection || before >= PREFACE_BYTES || connection->data_length < PREFACE_BYTES ||
+	    *(__u64 *)(connection->data + 8) != TEXT8('T', 'P', '/', '2', '.', '0', '\r', '\n') ||
+	    *(__u64 *)(connection->data + 16) != TEXT8('\r', '\n', 'S', 'M', '\r', '\n', '\r', '\n'))
+		return 0;
+	begin_frames(connection, before);
+	connection->exchange.request_bytes = before;
+	connection->data_length = before;
+	return 1;
+}
+
+/* Another request stands behind the first one in the captured bytes, or HTTP/2. Every fourth byte is looked at: the four
+ * bytes of a blank line always include one of them.
  */
 static __always_inline int holds_second_request(struct connection *connection, __u64 sock)
 {
@@ -740,7 +786,7 @@ static __always_inline int holds_second_request(struct connection *connection, _
 	length = connection->data_length;
 	connection->cursor_offset = 0;
 	for (__u64 i = 15; i < PIPELINE_SCAN; i += 4) { /* what comes before are empty lines in front of the first one */
-		if (i + 9 >= length || i >= request_cap)
+		if (i + 9 > length || i >= request_cap)
 			break;
 		if (connection->data[i] != '\r' && connection->data[i] != '\n')
 			continue;
@@ -778,51 +824,6 @@ static __always_inline bool ends_in_blank_line(struct connection *connection)
 		return false;
 	end = connection->data + length - 4;
 	return end[0] == '\r' && end[1] == '\n' && end[2] == '\r' && end[3] == '\n';
-}
-
-static __always_inline struct segment_scratch *fill_segment(struct connection *connection, __u8 direction, __u64 now)
-{
-	struct record_exchange *exchange = &connection->exchange;
-	struct segment_scratch *scratch;
-	__u32 zero = 0;
-
-	scratch = bpf_map_lookup_elem(&segment_scratch, &zero);
-	if (!scratch)
-		return 0;
-	scratch->record.kind = RECORD_SEGMENT;
-	scratch->record.role = exchange->role;
-	scratch->record.direction = direction;
-	scratch->record.captured = 0;
-	scratch->record.connection_id = exchange->connection_id;
-	scratch->record.process_start_ns = exchange->process_start_ns;
-	scratch->record.time_ns = now;
-	scratch->record.tgid = exchange->tgid;
-	scratch->record.tid = (__u32)bpf_get_current_pid_tgid();
-	scratch->record.netns = exchange->netns;
-	scratch->record.local_port = exchange->local_port;
-	scratch->record.remote_port = exchange->remote_port;
-	__builtin_memcpy(scratch->record.local_address, exchange->local_address, 16);
-	__builtin_memcpy(scratch->record.remote_address, exchange->remote_address, 16);
-	return scratch;
-}
-
-static __always_inline void send_segment(struct connection *connection, struct segment_scratch *scratch, __u64 *offset,
-					 __u64 length)
-{
-	__u64 captured = scratch->record.captured;
-
-	scratch->record.offset = *offset;
-	scratch->record.length = length;
-	*offset += length;
-	opaque(captured);
-	if (captured > SEGMENT_CAP)
-		captured = SEGMENT_CAP;
-	if (bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, BPF_RB_NO_WAKEUP)) {
-		count(COUNTER_SEGMENTS_LOST);
-		return;
-	}
-	count(COUNTER_SEGMENTS);
-	connection->told = 1;
 }
 
 /* Forwards bytes of a connection in stream mode: `address` is that of the bytes, or of iov_count iovecs, or 0 for bytes
@@ -893,9 +894,15 @@ __noinline int stream_buffer(__u64 sock, __u64 buffer, __u64 length, __u64 respo
 	return stream_segment(sock, buffer, 0, length, response);
 }
 
-static __always_inline void stream_transfer(__u64 sock, const struct transfer *transfer, bool response)
+static __always_inline void stream_transfer(const struct connection *connection, const struct transfer *transfer,
+					    bool response)
 {
-	if (transfer->iov)
+	__u64 sock = connection->sock;
+
+	if (connection->http2)
+		walk_transfer(sock, transfer->iov ? transfer->iov : transfer->buffer, transfer->iov ? transfer->iov_count : 0,
+			      transfer->length, response);
+	else if (transfer->iov)
 		stream_segment(sock, transfer->iov, transfer->iov_count, transfer->length, response);
 	else
 		stream_buffer(sock, transfer->buffer, transfer->length, response);
@@ -911,7 +918,7 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 
 	connection->mode = MODE_STREAM;
 	connection->state = STATE_IDLE;
-	__sync_fetch_and_add(&stream_connections, 1);
+	count_stream();
 	count(COUNTER_STREAMED);
 	exchange->response_bytes = 0;
 	if (!scratch || !length)
@@ -924,6 +931,8 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
 		captured = 0;
 	scratch->record.captured = captured;
+	if (connection->http2)
+		scratch->record.flags = SEGMENT_HTTP2;
 	send_segment(connection, scratch, &offset, length);
 }
 
@@ -988,7 +997,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	    (!is_bodyless(connection) || ends_in_blank_line(connection))) {
 		enter_stream_mode(connection);
 		if (!entering)
-			stream_transfer(sock, transfer, false);
+			stream_transfer(connection, transfer, false);
 		return;
 	}
 	if (entering)
@@ -1010,13 +1019,17 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	exchange->request_end_ns = now;
 	connection->write_offered = length;
 	connection->undo_exchange_id = exchange->exchange_id;
-	if (starts && connection->data_length >= 36 && holds_second_request(connection, sock)) {
+	if (connection->data_length >= PREFACE_BYTES &&
+	    (starts ? holds_second_request(connection, sock) :
+		      *(__u64 *)connection->data == PREFACE_WORD && ends_preface(sock, exchange->request_bytes - length))) {
 		/* Forwarded whole, below or, so that a short write is not counted twice, when the write returns. */
-		exchange->request_bytes = 0;
-		connection->data_length = 0;
+		if (starts) {
+			exchange->request_bytes = 0;
+			connection->data_length = 0;
+		}
 		enter_stream_mode(connection);
 		if (!entering)
-			stream_transfer(sock, transfer, false);
+			stream_transfer(connection, transfer, false);
 	}
 }
 
@@ -1141,10 +1154,13 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 /* All zero: the initial value of a connection's entry. */
 static const struct connection zero_connection;
 
-static __always_inline void untrack(__u64 key)
+static __always_inline void untrack(__u64 key, bool streams)
 {
-	if (!bpf_map_delete_elem(&connections, &key))
-		__sync_fetch_and_add(&tracked_connections, -1);
+	if (bpf_map_delete_elem(&connections, &key))
+		return;
+	__sync_fetch_and_add(&tracked_connections, -1);
+	if (streams)
+		__sync_fetch_and_add(&stream_connections, -1);
 }
 
 static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u64 key)
@@ -1160,9 +1176,11 @@ static __always_inline void forget(__u64 key)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &key);
 	struct endpoint endpoint;
+	bool streams;
 
 	if (!connection)
 		return;
+	streams = connection->mode == MODE_STREAM;
 	if (connection->exchange.role == ROLE_CLIENT) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
 			    connection->exchange.netns, connection->exchange.remote_port);
@@ -1170,25 +1188,55 @@ static __always_inline void forget(__u64 key)
 		endpoint.server_port = 0;
 		forget_endpoint(&endpoint, key);
 	}
-	untrack(key);
+	untrack(key, streams);
 }
 
-/* A connection that is not tracked carried bytes: track it when they begin a request. `socket` is 0 when the sock is
+/* A connection that is not tracked carried bytes: track it when they begin a request, or are HTTP/2's. `socket` is 0 when the sock is
  * known to be TCP's.
  */
+/* The connection that is being tracked is one of HTTP/2 and older than its first transfer that was seen, which is one of
+ * `direction` and begins with a frame. Global for the reason given at absorb_iovecs().
+ */
+__noinline int join_frames(__u64 sock, __u64 direction)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
+	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
+
+	if (!connection)
+		return 0;
+	if (!process)
+		process = announce_process(tgid);
+	if (process)
+		connection->exchange.process_start_ns = process->start_ns;
+	connection->exchange.tgid = tgid;
+	connection->http2 = 1;
+	connection->walks[direction == DIRECTION_RESPONSE ? 0 : 1].lost = 1;
+	connection->mode = MODE_STREAM;
+	count_stream();
+	count(COUNTER_BEGUN); /* user space says how many requests it is that this stands for */
+	count(COUNTER_STREAMED);
+	return 0;
+}
+
 static __always_inline struct connection *track(struct socket *socket, struct sock *sock, struct transfer *transfer,
 						bool egress)
 {
 	struct connection *connection;
 	struct endpoint endpoint;
 	__u64 key = (__u64)sock;
-	int looks;
+	int looks, joined = 0;
+	bool is_client;
 
 	looks = look(transfer);
-	if (!(looks & LOOKS_REQUEST)) {
+	if (looks & LOOKS_HEADERS)
+		joined = recognise_frames(transfer->iov ? transfer->iov : transfer->buffer,
+					  transfer->iov ? transfer->iov_count : 0, transfer->length);
+	if (!(looks & LOOKS_REQUEST) && !joined) {
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
 		return 0;
 	}
+	is_client = egress == (joined != DIRECTION_RESPONSE);
 	if (socket && !is_tcp(socket, sock))
 		return 0;
 	if (!socket && BPF_CORE_READ((struct inet_connection_sock *)sock, icsk_ulp_ops)) {
@@ -1210,12 +1258,12 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	if (!egress)
 		connection->received_seq -= transfer->length; /* counted with the others, in on_transfer() */
 	connection->exchange.kind = RECORD_EXCHANGE;
-	connection->exchange.role = egress ? ROLE_CLIENT : ROLE_SERVER;
+	connection->exchange.role = is_client ? ROLE_CLIENT : ROLE_SERVER;
 	connection->exchange.connection_id = random_id();
 	read_identity(sock, &connection->exchange);
 	if (passes_over(connection))
 		return 0;
-	if (egress) {
+	if (is_client) {
 		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
 			    connection->exchange.netns, connection->exchange.remote_port);
 		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
@@ -1224,6 +1272,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
 			count(COUNTER_ENDPOINT_FULL);
 	}
+	if (joined)
+		join_frames(connection->sock, joined); /* a scalar to the verifier */
 	return connection;
 }
 
@@ -1275,7 +1325,9 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	response = egress == (connection->exchange.role == ROLE_SERVER);
 	if (connection->mode == MODE_STREAM) {
 		if (!entering)
-			stream_transfer(connection->sock, transfer, response);
+			stream_transfer(connection, transfer, response);
+		else if (connection->http2 && !response)
+			connection->walks[0].entered_ns = now; /* before the other end can have read it */
 		return;
 	}
 	if (response)

@@ -23,6 +23,7 @@ enum capture_limit {
 	COPY_SLACK = 256,
 };
 #define SEGMENT_CAP 4096
+#define SEGMENT_SLACK 1024 /* like COPY_SLACK */
 /* IOV_MAX of user space (UIO_MAXIOV, include/uapi/linux/uio.h) is 1024. A head in more pieces than this is cut. */
 #define IOVECS_MAX 256
 
@@ -36,6 +37,19 @@ enum exchange_state {
 	STATE_IDLE = 0,
 	STATE_REQUEST = 1,  /* request bytes were seen, no final response byte yet */
 	STATE_RESPONSE = 2, /* response bytes were seen */
+};
+
+/* Where one direction of an HTTP/2 connection stands among its frames. */
+struct frame_walk {
+	__u64 entered_ns; /* when the call was entered that sends request bytes, or 0 */
+	__u32 left;      /* payload bytes of the frame at hand that are still to come */
+	__u32 keep;      /* so many of these, the next ones, are forwarded */
+	__u8 header[24]; /* the first `held` bytes of a frame header; there is room for one more behind any beginning */
+	__u8 held;
+	__u8 ends;   /* the frame at hand ends its stream */
+	__u8 passed; /* the frame at hand is left out */
+	__u8 lost;   /* where a frame begins is not known */
+	__u8 _pad[4];
 };
 
 struct connection {
@@ -73,7 +87,9 @@ struct connection {
 	__u8 told; /* stream mode: a segment reached the ring buffer */
 	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
 	__u8 follows; /* the exchange began behind another response, which may go on */
-	__u8 _pad[4];
+	__u8 http2; /* in stream mode: of HTTP/2 */
+	__u8 _pad[3];
+	struct frame_walk walks[2]; /* of HTTP/2: the requests' direction, the responses' */
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
 };
@@ -180,7 +196,7 @@ struct send {
 	__u64 sock;
 	__u64 offered; /* bytes */
 	__u32 tid;
-	__u32 _pad;
+	__u32 may_stream; /* 0: the connection is not in stream mode */
 };
 
 struct {
@@ -192,7 +208,17 @@ struct {
 
 struct segment_scratch {
 	struct record_segment record;
-	__u8 data[SEGMENT_CAP + COPY_SLACK];
+	__u8 data[SEGMENT_CAP + SEGMENT_SLACK];
+	/* A walk over the frames of a transfer: where its bytes are, and how far it is. */
+	struct user_iovec iovec; /* the buffer at hand */
+	__u64 iov;
+	__u64 iov_count; /* 0: there is the one buffer only */
+	__u64 length;
+	__u64 done;   /* bytes of the transfer that were walked over */
+	__u64 index;  /* the iovec at hand, and the offset in it */
+	__u64 offset;
+	__u64 gap;    /* bytes that are not captured behind those that are */
+	__u64 ended;  /* 1: a stream ended in the gap, which user space has to be told of */
 };
 
 /* Names of cgroups up to this size in all are told, and levels up to this number of each: a node of kind in rootless
@@ -238,10 +264,12 @@ union {
 	struct record_process process;
 	struct record_segment segment;
 	struct record_close close;
+	struct record_peer peer;
 	enum record_kind kind;
 	enum exchange_role role;
 	enum exchange_end end;
 	enum exchange_flag flag;
+	enum segment_flag segment_flag;
 	enum counter counter;
 	enum capture_limit limit;
 	enum process_state process_state;
@@ -256,9 +284,17 @@ __u64 response_limit = RESPONSE_CAP_MAX;
 __u64 ports_filtered; /* 1: look ports up in the map of that name */
 __u64 ports_generation; /* counts the changes of the selection of ports */
 __u64 ports_default = 1; /* whether a port that is not in the map is selected */
+__u64 http2_enabled = 1; /* 0: HTTP/2 is neither recognised nor followed */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
-__u64 stream_connections; /* connections that ever entered stream mode; 0 lets write exits return at once */
+__u64 stream_connections; /* of them, those in stream mode: 0 lets exits of write calls return at once */
+__u64 streams_entered; /* counts the connections that ever entered it */
+
+static __always_inline void count_stream(void)
+{
+	__sync_fetch_and_add(&stream_connections, 1);
+	__sync_fetch_and_add(&streams_entered, 1);
+}
 
 static __always_inline void count(__u32 counter)
 {

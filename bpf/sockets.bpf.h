@@ -98,6 +98,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	struct transfer transfer = {};
 	struct process *process;
 	struct send *send;
+	__u64 streams;
 	__u32 zero = 0;
 	__u8 kind;
 
@@ -107,6 +108,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	send->sock = (__u64)sock;
 	send->tid = pid_tgid;
 	send->offered = NOT_OFFERED;
+	send->may_stream = 0;
 	kind = message->msg_iter.iter_type;
 	if (kind != bpf_core_enum_value(enum iter_type, ITER_UBUF) &&
 	    kind != bpf_core_enum_value(enum iter_type, ITER_IOVEC))
@@ -132,7 +134,11 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	}
 	simplify(&transfer);
 	transfer.sequence = as_tcp(sock)->write_seq;
+	streams = streams_entered;
+	send->may_stream = connection && connection->mode == MODE_STREAM;
 	on_transfer(connection, 0, 0, sock, &transfer, true, true, pid_tgid);
+	if (streams_entered != streams)
+		send->may_stream = 1; /* perhaps this one */
 	return 0;
 }
 
@@ -154,7 +160,7 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 	if (send->sock == key && send->tid == (__u32)pid_tgid) {
 		offered = send->offered != NOT_OFFERED;
 		send->sock = 0;
-		if (moved == send->offered && moved <= MAY_BLOCK_BYTES && !stream_connections)
+		if (moved == send->offered && moved <= MAY_BLOCK_BYTES && !send->may_stream)
 			return 0;
 	}
 	if (!moved || !capturing || !is_internet_tcp(sock))
@@ -181,7 +187,7 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 		transfer.length = moved; /* stream mode wants to know what was really sent */
 		if (bytes_of_call(regs, &transfer, connection)) {
 			simplify(&transfer);
-			stream_transfer(connection->sock, &transfer, connection->exchange.role == ROLE_SERVER);
+			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
 		} else {
 			on_bodiless_bytes(connection, moved, true);
 		}

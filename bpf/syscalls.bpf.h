@@ -163,7 +163,7 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 		settle_write(connection, moved, pid_tgid);
 	} else if (moved > 0) {
 		transfer.length = moved;
-		stream_transfer(key, &transfer, connection->exchange.role == ROLE_SERVER);
+		stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
 	}
 }
 

@@ -55,7 +55,12 @@ static __always_inline void on_bodiless_bytes(struct connection *connection, __u
 	if (connection->mode == MODE_IGNORED)
 		return;
 	if (connection->mode == MODE_STREAM) {
-		stream_segment(connection->sock, 0, 0, moved, egress == (exchange->role == ROLE_SERVER));
+		bool response = egress == (exchange->role == ROLE_SERVER);
+
+		if (connection->http2)
+			walk_transfer(connection->sock, 0, 0, moved, response);
+		else
+			stream_segment(connection->sock, 0, 0, moved, response);
 	} else if (egress == (exchange->role == ROLE_SERVER)) {
 		if (connection->state == STATE_RESPONSE) {
 			exchange->response_bytes += moved;

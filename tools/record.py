@@ -32,10 +32,12 @@ DESCRIBED = (
     "record_process",
     "record_segment",
     "record_close",
+    "record_peer",
     "record_kind",
     "exchange_role",
     "exchange_end",
     "exchange_flag",
+    "segment_flag",
     "counter",
 )
 SWEEP_SECONDS = 0.05

@@ -56,6 +56,9 @@ test)
 	need_command javac default-jdk-headless
 	need_command ip iproute2
 	need_command openssl openssl
+	need_command nghttp nghttp2-client
+	need_command h2load nghttp2-client
+	need_command nghttpd nghttp2-server
 	install_packages
 	say "installing the test tools into .venv"
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test]'

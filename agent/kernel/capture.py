@@ -57,6 +57,7 @@ class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
     open_seconds: float = 0.2
     ports_include: tuple[int, ...] = ()
     ports_exclude: tuple[int, ...] = ()
+    http2: bool = True
 
 
 class ProgramStatistics(msgspec.Struct, frozen=True):
@@ -128,6 +129,7 @@ class Capture:
         self._ports_generation = 0
         self.select_ports(settings.ports_include, settings.ports_exclude)
         self.limit_heads(settings.request_head_bytes, settings.response_head_bytes)
+        self.follow_http2(settings.http2)
         self._capturing = ffi.cast("uint64_t *", self._variable(".bss", "capturing", 8))
         self._tracked = ffi.cast("uint64_t *", self._variable(".bss", "tracked_connections", 8))
         self._oldest = ffi.cast("uint64_t *", self._variable(".bss", "oldest_unreported_ns", 8))
@@ -262,6 +264,7 @@ class Capture:
             for key in self._keys(name):
                 lib.bpf_map_delete_elem(descriptor, key)
         self._tracked[0] = 0
+        ffi.cast("uint64_t *", self._variable(".bss", "stream_connections", 8))[0] = 0
         self._release_sweep()
 
     def hasten(self, hurry: bool = True) -> None:
@@ -347,6 +350,10 @@ class Capture:
         """Capture at most so many bytes of each head, as far as the sizes at loading allow. Live."""
         self._set("request_limit", request_bytes)
         self._set("response_limit", response_bytes)
+
+    def follow_http2(self, wanted: bool) -> None:
+        """Recognise HTTP/2 and forward its frames, or leave such connections alone. Live."""
+        self._set("http2_enabled", wanted)
 
     def forget_decisions(self) -> None:
         """Let every process but the agent itself be announced and decided on anew, at its next exchange."""

@@ -90,6 +90,7 @@ class WireLayout:
     process: RecordLayout
     segment: RecordLayout
     close: RecordLayout
+    peer: RecordLayout
     kinds: dict[str, int]
     counters: tuple[str, ...]
 
@@ -106,17 +107,21 @@ class WireLayout:
                 ("record_process", None),
                 ("record_segment", None),
                 ("record_close", None),
+                ("record_peer", None),
             )
         }
         check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
         check_fields("record_segment", layouts["record_segment"], model.Segment, ("data",))
         check_fields("record_close", layouts["record_close"], model.ConnectionClosed, ())
+        if layouts["record_peer"].fields != ("kind", *model.PeerFound.__struct_fields__):
+            raise LayoutMismatchError(f"struct record_peer has {layouts['record_peer'].fields}")
         process = layouts["record_process"].fields
         if process != ("kind", "cgroup_bytes", "memory_cgroup_bytes", *model.ProcessSeen.__struct_fields__[:-1]):
             raise LayoutMismatchError(f"struct record_process has {process}")
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
         check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
+        check_enum("segment_flag", parse_enum(describe("segment_flag")), "SEGMENT_", model.SegmentFlag)
         counters = parse_enum(describe("counter"))
         if list(counters.values()) != list(range(len(counters))):
             raise LayoutMismatchError("enum counter is not contiguous")
@@ -125,6 +130,7 @@ class WireLayout:
             process=layouts["record_process"],
             segment=layouts["record_segment"],
             close=layouts["record_close"],
+            peer=layouts["record_peer"],
             kinds=parse_enum(describe("record_kind")),
             counters=tuple(name.removeprefix("COUNTER_").lower() for name in list(counters)[:-1]),
         )

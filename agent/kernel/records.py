@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
 
-Record = Exchange | ProcessSeen | Segment | ConnectionClosed
+Record = Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound
 
 
 class Decoder:
@@ -29,10 +29,12 @@ class Decoder:
         self._segment = layout.segment.codec
         self._segment_captured = layout.segment.fields.index("captured")
         self._close = layout.close.codec
+        self._peer = layout.peer.codec
         self._others = {
             kinds["RECORD_PROCESS"]: self._decode_process,
             kinds["RECORD_SEGMENT"]: self._decode_segment,
             kinds["RECORD_CLOSE"]: self._decode_close,
+            kinds["RECORD_PEER"]: self._decode_peer,
         }
 
     def decode(self, batch: bytes, offsets: Iterable[int]) -> list[Record]:
@@ -76,6 +78,9 @@ class Decoder:
 
     def _decode_close(self, batch: bytes, offset: int) -> ConnectionClosed:
         return ConnectionClosed(*self._close.unpack_from(batch, offset))
+
+    def _decode_peer(self, batch: bytes, offset: int) -> PeerFound:
+        return PeerFound(*self._peer.unpack_from(batch, offset)[1:])
 
 
 def _text(raw: bytes) -> str:

@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from agent.protocols.http1 import Http1
+from agent.protocols.http2 import Http2
 
-PROTOCOLS = (Http1,)
+PROTOCOLS = (Http1, Http2)

@@ -169,6 +169,11 @@ class FrameReader:
         """What is held of an unfinished frame and an unfinished header block."""
         return len(self._held) + len(self._payload) + len(self._block)
 
+    @property
+    def is_between_frames(self) -> bool:
+        """Whether a frame header is what comes next."""
+        return not (self._remaining or self._held)
+
     def feed(self, data: bytes, time_ns: int) -> None:
         """Consume captured bytes. Raises LostError."""
         if self.is_seeking:

@@ -6,8 +6,6 @@ status, size or count is stated that was not seen or does not follow from what w
 
 from __future__ import annotations
 
-from random import getrandbits
-
 from agent.model import Call, End, Exchange, Flag, Role, Segment
 from agent.protocols import grpc
 from agent.protocols.http2 import Answer, Asked, Http2
@@ -89,7 +87,19 @@ def read_error(payload: bytes | None) -> str:
     return ERRORS[code] if code < len(ERRORS) else OTHER_ERROR
 
 
-def exchange_of(segment: Segment, stream: Stream, end: int, end_ns: int) -> Exchange:
+_ID_MASK = (1 << 64) - 1
+_GOLDEN = 0x9E3779B97F4A7C15
+"""An odd number whose multiples lie far from each other (Knuth, TAOCP 3, section 6.4)."""
+
+
+def exchange_id_of(connection_id: int, stream_id: int) -> int:
+    """Return the id of a stream's exchange: as random as the connection's, and known at the other end, too."""
+    return (connection_id + stream_id * _GOLDEN) & _ID_MASK or 1
+
+
+def exchange_of(
+    segment: Segment, stream: Stream, end: int, end_ns: int, stream_id: int, peer_connection_id: int
+) -> Exchange:
     """Return the exchange of a stream that ended; ``segment`` is one of its connection. It is made by
     position, as names cost twice the time.
     """
@@ -98,9 +108,9 @@ def exchange_of(segment: Segment, stream: Stream, end: int, end_ns: int) -> Exch
         segment.role,
         end,
         _FIRST | stream.interim,
-        getrandbits(64) or 1,
+        exchange_id_of(segment.connection_id, stream_id),
         0,  # parent_id
-        0,  # peer_id
+        exchange_id_of(peer_connection_id, stream_id) if peer_connection_id else 0,
         segment.connection_id,
         segment.process_start_ns,
         request.start_ns,
@@ -112,7 +122,7 @@ def exchange_of(segment: Segment, stream: Stream, end: int, end_ns: int) -> Exch
         response.body_bytes,
         segment.tgid,
         request.tid,
-        response.tid,
+        0,  # response_tid: which thread sends a frame says nothing of who made the answer
         segment.remote_port,
         0,  # request_captured
         0,  # response_captured

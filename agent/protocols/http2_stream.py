@@ -7,8 +7,8 @@ whatever the bytes and numbers are; a body is kept; a request gets a path, a nam
 Each direction has its own frame reader and its own HPACK context. A stream's exchange ends with its response, since
 that is what the caller waits for, or with what cuts it short. Kernel records may leave bytes out. Inside a DATA frame
 that does no harm; inside a header block it loses that block, and what later blocks refer to in it is unknown; where a
-frame header may have been, the streams that are open are lost, and reading starts again at a segment that begins like a
-frame. A connection that is older than its first segment is read in the same way.
+frame header may have been, the streams that are open are lost, and reading starts again where the kernel says that
+a segment begins with a frame. A connection that is older than its first segment is read in the same way.
 
 Bounds per connection: 1024 open streams, for each direction 64 KiB of a header block, 16 KiB of its dynamic table.
 """
@@ -18,7 +18,7 @@ from __future__ import annotations
 import msgspec
 
 from agent.errors import ProtocolError
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, Segment
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, Role, Segment, SegmentFlag
 from agent.protocols import grpc
 from agent.protocols.http1_outcome import CONNECT, failure
 from agent.protocols.http1_reader import LostError
@@ -35,14 +35,25 @@ from agent.protocols.http2_frames import (
     begins_with_preface,
 )
 from agent.protocols.http2_headers import BLOCK_REPEATS, HeaderDecoder
-from agent.protocols.http2_outcome import REFUSED, UNREAD, Side, Stream, call_of, exchange_of, read_error
+from agent.protocols.http2_outcome import (
+    REFUSED,
+    UNREAD,
+    Side,
+    Stream,
+    call_of,
+    exchange_id_of,
+    exchange_of,
+    read_error,
+)
 
 OPEN_STREAMS = 1024
 """Requests beyond are lost: "too_many"."""
 
 _DIRECTION_REQUEST = 1
+_AT_FRAME = int(SegmentFlag.AT_FRAME)
 _INTERIM, _PEER_CLOSED = int(Flag.INTERIM), int(Flag.PEER_CLOSED)
-_NEXT, _RESET, _HANDED_OVER, _TIMED_OUT = int(End.NEXT), int(End.RESET), int(End.HANDED_OVER), int(End.TIMED_OUT)
+_OPEN, _NEXT, _RESET = int(End.OPEN), int(End.NEXT), int(End.RESET)
+_HANDED_OVER, _TIMED_OUT = int(End.HANDED_OVER), int(End.TIMED_OUT)
 _HEADER_TABLE_SIZE, _MAX_FRAME_SIZE = 1, 5
 _FRAME_HEADER_BYTES = 9
 
@@ -59,8 +70,15 @@ class Http2Connection:
         self.protocol = protocol
         self.losses = losses
         self.lost = 0
+        self.peer_connection_id = 0
+        """Of a server's connection, the client's end of it on this node; set by whoever knows both."""
+        self.withdrawn: list[int] = []
+        """Ids of exchanges that were announced and lost since; for whoever was told to take."""
         self._streams: dict[int, Stream] = {}
+        self._announced = 0  # the highest stream that announce() has told of
         self._last_stream = 0  # the highest that a request was seen on
+        self._may_have_missed = False  # requests, since then
+        self._has_preface = False
         self._ready: list[tuple[Exchange, Call]] = []
         self._segment: Segment | None = None  # the first one without its data: who and where
         self._peer = (b"", 0)
@@ -90,6 +108,12 @@ class Http2Connection:
         self.protocol = protocol
         self._request_fields.repeats.clear()
         self._response_fields.repeats.clear()
+
+    @property
+    def process(self) -> tuple[int, int]:
+        """Whose connection it is: process id and start. Known from the first segment on."""
+        segment = self._segment
+        return (segment.tgid, segment.process_start_ns) if segment is not None else (0, 0)
 
     @property
     def outstanding(self) -> int:
@@ -123,10 +147,15 @@ class Http2Connection:
                     self._skip(reader, before)
             else:
                 reader.next_offset += len(data)
+            is_at_frame = segment.flags & _AT_FRAME
             if reader.is_seeking or not reader.frames:
-                self._synchronise(reader, is_request, data)
+                self._synchronise(reader, is_request, data, is_at_frame)
                 if reader.is_seeking and (data or after > 0):
                     self._lose_streams()  # what was just passed over may have been theirs
+            elif is_at_frame and not reader.is_between_frames:
+                # Records were lost, and what they said is not where it seemed to be.
+                self._lose(is_request, "gap")
+                self._synchronise(reader, is_request, data, is_at_frame)
             reader.feed(data, segment.time_ns)
             if after > 0:
                 reader.skip(after)
@@ -136,6 +165,32 @@ class Http2Connection:
         if ready:
             self._ready = []
         return ready
+
+    def announce(self, begun_ns: int) -> tuple[list[tuple[Exchange, Call]], int]:
+        """Return what is known of the open requests that began up to ``begun_ns`` and were not returned before, and the
+        begin of the oldest younger one, 0 without any.
+        """
+        due: list[int] = []
+        oldest_ns = 0
+        for stream_id in reversed(self._streams):
+            if stream_id <= self._announced:
+                break
+            start_ns = self._streams[stream_id].request.start_ns
+            if start_ns <= begun_ns:
+                due.append(stream_id)
+            else:
+                oldest_ns = start_ns
+        segment = self._segment
+        if not due or segment is None:
+            return [], oldest_ns
+        self._announced = due[0]
+        announced = []
+        for stream_id in due:
+            stream = self._streams[stream_id]
+            exchange = exchange_of(segment, stream, _OPEN, begun_ns, stream_id, self.peer_connection_id)
+            call = call_of(self.protocol, stream, self._role, self._peer, _OPEN, "", begun_ns)
+            announced.append((exchange, call))
+        return announced, oldest_ns
 
     def expire(self, now_ns: int) -> list[tuple[Exchange, Call]]:
         """Return what is outstanding as timed out; what still comes on those streams is read and makes no exchange."""
@@ -157,6 +212,14 @@ class Http2Connection:
             reader.reset(seeking=True)
         return ready
 
+    def abandon(self) -> None:
+        """Lose what is outstanding: nothing more is to be read, for a time at least."""
+        for is_request in (True, False):
+            reader, fields = self._direction(is_request)
+            reader.reset(seeking=True)
+            fields.forget()
+        self._lose_streams()
+
     # -- framing
 
     def _skip(self, reader: FrameReader, gap_bytes: int) -> None:
@@ -168,13 +231,16 @@ class Http2Connection:
         except LostError as loss:
             self._lose(reader is self._requests, loss.args[0])
 
-    def _synchronise(self, reader: FrameReader, is_request: bool, data: bytes) -> None:
-        """Look whether a direction that has no frame yet, or lost its place, has one at the beginning of ``data``."""
+    def _synchronise(self, reader: FrameReader, is_request: bool, data: bytes, is_at_frame: int) -> None:
+        """Look whether a direction that has no frame yet, or lost its place, has one at the beginning of ``data``.
+
+        The kernel says where it takes a frame to begin (``is_at_frame``), and is not believed without a look.
+        """
         if len(data) < _FRAME_HEADER_BYTES:
             return
         frame_bytes = reader.frame_bytes if reader.frame_bytes < ANY_FRAME_BYTES else DEFAULT_FRAME_BYTES
         if reader.is_seeking:
-            if begins_with_frames(data, frame_bytes, self._last_stream):
+            if is_at_frame and begins_with_frames(data, frame_bytes, self._last_stream):
                 reader.reset()
         elif not (
             reader.buffered_bytes
@@ -188,6 +254,7 @@ class Http2Connection:
         """Framing of a direction is lost: header blocks and settings may have been in what was not read."""
         reader, fields = self._direction(is_request)
         self.losses.count(reason if reader.frames else "mid_stream")
+        self._may_have_missed |= is_request
         reader.reset(seeking=True)
         fields.forget()
         self._settings(None, is_request=is_request)
@@ -195,14 +262,23 @@ class Http2Connection:
 
     def _lose_streams(self) -> None:
         self.lost += len(self._streams)
+        segment = self._segment
+        if self._announced and segment is not None:
+            told = (stream_id for stream_id in self._streams if stream_id <= self._announced)
+            self.withdrawn += [exchange_id_of(segment.connection_id, stream_id) for stream_id in told]
         self._streams.clear()
 
     def _on_preface(self) -> None:
+        self._has_preface = True
         self._request_fields.begin()
         self._response_fields.begin()
-        for reader in (self._requests, self._responses):
-            if reader.frame_bytes == ANY_FRAME_BYTES:
-                reader.frame_bytes = DEFAULT_FRAME_BYTES
+        if self._responses.frame_bytes == ANY_FRAME_BYTES:
+            self._responses.frame_bytes = DEFAULT_FRAME_BYTES
+        if self._role == Role.SERVER and not self._responses.frames:
+            # A server may have sent its settings before, when the connection was not known to be one of HTTP/2.
+            self._request_fields.allow(None)
+        elif self._requests.frame_bytes == ANY_FRAME_BYTES:
+            self._requests.frame_bytes = DEFAULT_FRAME_BYTES
 
     def _on_request_control(self, kind: int, flags: int, stream_id: int, payload: bytes | None) -> None:
         if kind == Kind.RST_STREAM:
@@ -216,6 +292,8 @@ class Http2Connection:
         elif kind == Kind.GOAWAY:
             self._go_away(payload)
         elif kind == Kind.SETTINGS and not flags & ACK:
+            if self._has_preface and self._responses.frames == 1 and self._requests.frame_bytes == ANY_FRAME_BYTES:
+                self._requests.frame_bytes = DEFAULT_FRAME_BYTES  # the server's first frame: nothing was agreed before
             self._settings(payload, is_request=False)
 
     def _direction(self, is_request: bool) -> tuple[FrameReader, HeaderDecoder]:
@@ -263,6 +341,8 @@ class Http2Connection:
         key = hash(block)
         asked = decoder.repeats.get(key)
         is_new = stream_id > self._last_stream
+        if self._may_have_missed:
+            self._count_missed(stream_id)
         if asked is None or not is_new:
             changes = decoder.changes
             try:
@@ -293,6 +373,12 @@ class Http2Connection:
         self._last_stream = stream_id
         messages = grpc.MessageCounter() if asked[0].rpc is not None else None
         self._streams[stream_id] = Stream(asked, Side(start_ns, self._time_ns, self._tid, messages), ends)
+
+    def _count_missed(self, stream_id: int) -> None:
+        """Clients use one stream after the other: the requests that were in a gap are those left out."""
+        self._may_have_missed = False
+        if 0 < self._last_stream < stream_id:
+            self.lost += (stream_id - self._last_stream - 1) // 2
 
     def _lose_request(self, stream_id: int, reason: str) -> None:
         self._last_stream = stream_id
@@ -414,6 +500,6 @@ class Http2Connection:
         segment = self._segment
         if segment is None:  # streams come from segments
             return
-        exchange = exchange_of(segment, stream, end, end_ns)
+        exchange = exchange_of(segment, stream, end, end_ns, stream_id, self.peer_connection_id)
         call = call_of(self.protocol, stream, self._role, self._peer, end, cause, end_ns)
         self._ready.append((exchange, call))

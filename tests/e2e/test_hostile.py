@@ -186,8 +186,6 @@ def test_broken_requests(edge: Edge, data: bytes, reason: str) -> None:
         # Echo servers, of bytes and of what would be a request.
         ([b"\1\2\3\4\5\6\7\x08", b"\1\2\3\4\5\6\7\x08"], 0),
         ([b"GET / HTTP/1.1\r\n\r\n", b"GET / HTTP/1.1\r\n\r\n"] * 3, 2),
-        # HTTP/2 with prior knowledge: its preface is a request to nothing.
-        ([b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0", b"\0\0\0\4\0\0\0\0\0"], 2),
     ],
     ids=[
         "lower_case",
@@ -201,7 +199,6 @@ def test_broken_requests(edge: Edge, data: bytes, reason: str) -> None:
         "ftp",
         "echo",
         "http_echo",
-        "http2",
     ],
 )
 def test_other_protocols(edge: Edge, conversation: Sequence[bytes], dropped: int) -> None:
@@ -213,6 +210,32 @@ def test_other_protocols(edge: Edge, conversation: Sequence[bytes], dropped: int
     assert edge.dropped() == ({"not_http": dropped} if dropped else {})
     if not dropped:
         assert edge.grown(_KERNEL % "ignored_other") >= len(conversation)
+
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+_SETTINGS = b"\0\0\0\4\0\0\0\0\0"
+
+
+@pytest.mark.parametrize(
+    "conversation",
+    [
+        [_PREFACE + _SETTINGS, _SETTINGS],
+        [_PREFACE + b"\xff" * 5000, b"\xff" * 5000, b"\0" * 5000, b"\0" * 5000],
+        [_PREFACE + b"\0\0\x10\1\4\0\0\0\1" + b"\xff" * 16, b"\0\0\x10\1\4\0\0\0\1" + b"\xff" * 16],
+        [_PREFACE + _SETTINGS + b"\xff\xff\xff\1\0\0\0\0\1" + b"x" * 9000, b"\xff\xff\xff\0\0\0\0\0\1"],
+        [_PREFACE + b"GET / HTTP/1.1\r\n\r\n" * 300, b"HTTP/1.1 200 OK\r\n\r\n" * 300],
+    ],
+    ids=["no_request", "no_frames", "no_header_block", "endless_frames", "http1"],
+)
+def test_hostile_frames(edge: Edge, conversation: Sequence[bytes]) -> None:
+    """A connection of HTTP/2 whose requests cannot be read makes no span; it is counted on either side."""
+    edge.server.start(_serve_conversation, edge.port, conversation)
+    edge.client.call(_have_conversation, edge.port, conversation)
+    edge.server.result()
+    edge.spans(0)
+    dropped = edge.dropped()
+    assert sum(dropped.values()) >= 2, dropped
+    assert set(dropped) <= {"no_request", "stream_lost"}
 
 
 def _serve_conversation(port: int, conversation: Sequence[bytes]) -> None:

@@ -33,13 +33,14 @@ PARSER = Http1(extractor=Extractor(FORMATS))
 CLOSES = (None, End.CLOSED, End.RESET, End.TIMED_OUT)
 
 
-def segment(direction: int, data: bytes, offset: int, length: int, time_ns: int) -> Segment:
+def segment(direction: int, data: bytes, offset: int, length: int, time_ns: int, flags: int = 0) -> Segment:
     """A segment as the kernel would make it."""
     return Segment(
         kind=3,
         role=1,
         direction=direction,
         captured=len(data),
+        flags=flags,
         connection_id=7,
         process_start_ns=5,
         time_ns=time_ns,
@@ -72,7 +73,7 @@ def segments(data: bytes) -> Iterator[tuple[Segment, bool]]:
             offset = max(offset - 4, 0)
         total = len(piece) + (16 if control & 2 else 0)
         offsets[direction] = offset + total
-        yield segment(direction, piece, offset, total, number), bool(control & 128)
+        yield segment(direction, piece, offset, total, number, 3 if control & 16 else 1), bool(control & 128)
 
 
 def closing(data: bytes) -> ConnectionClosed | None:

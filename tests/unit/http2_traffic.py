@@ -10,7 +10,7 @@ from h2.connection import H2Connection
 from hpack import Encoder
 from hyperframe.frame import Frame, HeadersFrame
 
-from agent.model import Call, ConnectionClosed, End, Exchange, Role
+from agent.model import Call, ConnectionClosed, End, Exchange, Role, SegmentFlag
 from agent.propagation import FORMATS, Extractor
 from agent.protocols.http1_stream import StreamLosses
 from agent.protocols.http2 import Http2
@@ -18,6 +18,7 @@ from agent.protocols.http2_stream import Http2Connection
 from tests.fuzz.fuzz_http1_stream import segment
 
 REQUEST, RESPONSE = 1, 2
+HTTP2, AT_FRAME = SegmentFlag.HTTP2, SegmentFlag.AT_FRAME
 SERVER, CLIENT = int(Role.SERVER), int(Role.CLIENT)
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 Headers = list[tuple[str, str]]
@@ -35,15 +36,19 @@ class Observed:
         self.time_ns = 0
         self.results: list[tuple[Exchange, Call]] = []
 
-    def see(self, direction: int, data: bytes, gap: int = 0, before: int = 0) -> Observed:
+    def see(self, direction: int, data: bytes, gap: int = 0, before: int = 0, flags: int = HTTP2) -> Observed:
         """Feed one segment; ``gap`` bytes behind it were not captured, ``before`` it a segment of so many was lost."""
         self.time_ns += 1
         self.offsets[direction] += before
         total = len(data) + gap
-        record = segment(direction, data, self.offsets[direction], total, self.time_ns)
+        record = segment(direction, data, self.offsets[direction], total, self.time_ns, flags)
         self.offsets[direction] += total
         self.results += self.connection.feed(msgspec.structs.replace(record, role=self.role))
         return self
+
+    def see_frame(self, direction: int, data: bytes, gap: int = 0, before: int = 0) -> Observed:
+        """The same for a segment at whose beginning the kernel saw a frame begin."""
+        return self.see(direction, data, gap, before, HTTP2 | AT_FRAME)
 
     def close(self, end: End | None = End.CLOSED, flags: int = 0) -> Observed:
         record = None if end is None else ConnectionClosed(4, 1, int(end), int(flags), 7, 0, self.time_ns + 5)

@@ -24,7 +24,7 @@ from agent.telemetry import parse_listen
 FIXED = """
 select:      {executables: {include: ["*"], exclude: []}, ports: {include: [], exclude: []}}
 capture:     {request_head_bytes: 1024, response_head_bytes: 256, request_headers: [], response_headers: []}
-propagation: {formats: [tracecontext, b3, b3multi, jaeger, xray, datadog]}
+propagation: {formats: [tracecontext, grpc, b3, b3multi, jaeger, xray, datadog]}
 sampling:    {ratio: 1.0, parent_based: true}
 routes:      {patterns: [], guess: false}
 export:      {otlp: {endpoint: null, headers: {}, compression: none, timeout_seconds: 10}, console: auto}
@@ -236,7 +236,7 @@ def test_bad_environment_value_names_the_variable(suffix, text):
         ("propagation.formats=[b3, b3]", "propagation.formats: b3 is listed twice; each format may stand once"),
         (
             "propagation.formats=[b4]",
-            "propagation.formats[0]: must be one of tracecontext, b3, b3multi, jaeger, xray, datadog, not 'b4'",
+            "propagation.formats[0]: must be one of tracecontext, grpc, b3, b3multi, jaeger, xray, datadog, not 'b4'",
         ),
         (
             "resource.attributes.a=.inf",

@@ -890,7 +890,7 @@ def test_bytes_behind_the_head_are_not_read() -> None:
 
 def test_http1_is_among_the_protocols() -> None:
     """The ordered tuple is what the pipeline asks."""
-    assert [protocol.__name__ for protocol in PROTOCOLS] == ["Http1"]
+    assert [protocol.__name__ for protocol in PROTOCOLS] == ["Http1", "Http2"]
 
 
 def load_fuzz_target():

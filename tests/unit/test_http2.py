@@ -76,7 +76,7 @@ def test_a_server_span() -> None:
     assert (exchange.request_bytes, exchange.response_bytes) == (5, 3)
     assert (exchange.parent_id, exchange.peer_id, exchange.request, exchange.response) == (0, 0, b"", b"")
     assert (exchange.tgid, exchange.process_start_ns, exchange.connection_id) == (10, 5, 7)
-    assert (exchange.request_tid, exchange.response_tid) == (11, 12)
+    assert (exchange.request_tid, exchange.response_tid) == (11, 0)
     assert exchange.remote_port == 40000
     assert exchange.request_start_ns <= exchange.request_end_ns < exchange.response_start_ns <= exchange.end_ns
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 from h2.errors import ErrorCodes
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from agent.propagation import FORMATS, Extractor
 from agent.protocols import http2_frames, http2_stream
 from agent.protocols.http2 import Http2
+from tests.unit.frame_walk import FrameWalk
 from tests.unit.http2_traffic import (
     CLIENT,
     GRPC_OK,
@@ -283,6 +285,54 @@ def test_a_connection_that_is_older_than_the_agent(seed, requests) -> None:
     check_some(observed, expected)
 
 
+def walked(log: Log, choice: random.Random, largest: int) -> Iterator[tuple[int, bytes, int, int, int]]:
+    """(direction, offset, data, length, flags) of the segments that the kernel makes of the log, cut into transfers."""
+    walks = {REQUEST: FrameWalk(begins=True), RESPONSE: FrameWalk(begins=False)}
+    for direction, data in cut(log, choice, largest):
+        for offset, captured, length, flags in walks[direction].transfer(data):
+            yield direction, offset, captured, length, flags
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([1, 7, 40, 600, 5000, 100_000]))
+@settings(max_examples=100, deadline=None)
+def test_what_the_kernel_forwards_is_enough(seed, requests, largest) -> None:
+    """Whatever the transfers are, nothing is lost, and sizes are exact; only the counts of messages may be missing."""
+    log, expected = converse(random.Random(seed), requests)
+    observed = Observed()
+    for direction, offset, data, length, flags in walked(log, random.Random(seed), largest):
+        before = offset - observed.offsets[direction]
+        observed.see(direction, data, length - len(data), before, flags)
+        check_within_limits(observed)
+    assert observed.losses.reasons == {}
+    assert observed.connection.lost == 0
+    assert len(observed.results) == len(expected)
+    for call in observed.calls:
+        made = expected[path_of(call)]
+        values = dict(call.all_attributes())
+        if not made.is_rpc and not made.reset:
+            assert values["http.response.status_code"] == made.status
+            assert values.get("http.response.body.size") in (None, made.answered_bytes)
+        for name, count in (("request", made.asked_messages), ("response", made.answered_messages)):
+            assert values.get(f"spanloom.rpc.{name}.messages") in (None, count)
+
+
+@given(st.integers(0, 2**32), st.integers(1, 12), st.sampled_from([40, 600, 5000]), st.sampled_from([0.02, 0.2]))
+@settings(max_examples=100, deadline=None)
+def test_lost_segments_never_make_anything_up(seed, requests, largest, rate) -> None:
+    """Where the ring buffer was full, what is handed out is true, and no request is counted twice."""
+    choice = random.Random(seed)
+    log, expected = converse(choice, requests)
+    observed = Observed()
+    for direction, offset, data, length, flags in walked(log, choice, largest):
+        if choice.random() >= rate:
+            before = offset - observed.offsets[direction]
+            observed.see(direction, data, length - len(data), before, flags)
+            check_within_limits(observed)
+    observed.close()
+    check_some(observed, expected)
+    assert len(observed.results) + observed.connection.lost <= len(expected)
+
+
 # ---- Late starts and gaps, one by one
 
 
@@ -347,7 +397,7 @@ def test_a_late_start_in_the_middle_of_a_frame() -> None:
     observed = Observed()
     for _ in range(3):
         observed.see(REQUEST, b"the middle of an upload, in text")
-    observed.see(REQUEST, made.headers(REQUEST, 9, get("/x"), "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 9, get("/x"), "END_STREAM"))
     observed.see(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/x"
     assert observed.losses.reasons == {"mid_stream": 1}
@@ -386,10 +436,10 @@ def test_a_gap_between_frames_loses_what_is_open(direction) -> None:
     observed.see(direction, b"", gap=50).see(direction, b"\x00\x00\x10 no frame at all")
     assert (observed.connection.lost, observed.connection.outstanding) == (2, 0)
     assert observed.losses.reasons == {"gap": 1}
-    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
     assert (observed.results, observed.losses.unmatched_responses) == ([], 0)
-    observed.see(REQUEST, made.headers(REQUEST, 5, get("/c"), "END_STREAM"))
-    observed.see(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 5, get("/c"), "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/c"
 
 
@@ -413,9 +463,30 @@ def test_requests_are_lost_when_their_responses_may_have_been(way) -> None:
 def test_a_lost_segment_is_a_gap_in_front_of_the_next() -> None:
     """The segment behind it may begin with a frame at once."""
     made, observed = opened("/a")
-    observed.see(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=30)
-    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=30)
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/b"
+    assert (observed.connection.lost, observed.losses.reasons) == (1, {"gap": 1})
+
+
+def test_a_segment_that_begins_within_a_frame_is_no_place_to_begin_again() -> None:
+    """It may look like a frame all the same: a header block, or what an upload has in it. The kernel knows better."""
+    made, observed = opened("/a")
+    observed.see(REQUEST, b"", gap=30)
+    observed.see(REQUEST, made.headers(REQUEST, 3, get("/no-request"), "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 5, get("/b"), "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 5, OK, "END_STREAM"))
+    assert [value["url.path"] for value in observed.values] == ["/b"]
+
+
+def test_a_frame_that_begins_where_none_was_due_loses_what_is_open() -> None:
+    """Segments were lost that seemed to lie within a frame, and did not: what follows them is read."""
+    made, observed = opened("/a")
+    observed.see_frame(REQUEST, raw(0, 0, 1, bytes(5000))[:25], gap=3000)
+    observed.see_frame(REQUEST, made.headers(REQUEST, 3, get("/b"), "END_STREAM"), before=1900)
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    assert [value["url.path"] for value in observed.values] == ["/b"]
     assert (observed.connection.lost, observed.losses.reasons) == (1, {"gap": 1})
 
 
@@ -481,8 +552,8 @@ def test_settings_in_a_gap_may_have_allowed_anything() -> None:
     made, observed = opened()
     observed.see(RESPONSE, raw(4, 0, 0, b"")).see(RESPONSE, b"", gap=100)
     made.encoders[REQUEST].header_table_size = 9000
-    observed.see(REQUEST, made.headers(REQUEST, 1, get("/a")) + raw(0, 1, 1, bytes(17000)))
-    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 1, get("/a")) + raw(0, 1, 1, bytes(17000)))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
     assert observed.only()[2]["http.request.body.size"] == 17000
 
 
@@ -558,8 +629,8 @@ def test_a_malformed_frame_loses_the_connections_state(frame) -> None:
     observed.see(RESPONSE, raw(4, 0, 0, b""))
     observed.see(REQUEST, frame)
     assert (observed.connection.lost, observed.losses.reasons) == (1, {"malformed": 1})
-    observed.see(REQUEST, made.headers(REQUEST, 9, get("/z"), "END_STREAM"))
-    observed.see(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 9, get("/z"), "END_STREAM"))
+    observed.see_frame(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/z"
 
 

@@ -6,6 +6,7 @@ Prints what the verifier had to do, and exits 1 with the reason when a program i
 from __future__ import annotations
 
 import os
+import socket
 import sys
 import threading
 import time
@@ -15,9 +16,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from agent.errors import KernelUnsupportedError, SpanloomError
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
-from agent.model import Exchange
+from agent.model import Exchange, Segment
 
 REQUESTS = 5
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -48,6 +50,36 @@ def exchanges(backend: str, port: int) -> list[Exchange]:
     return found
 
 
+def frames(backend: str) -> str:
+    """What is wrong with what a backend forwards of an HTTP/2 connection, seen from both ends; "" when nothing is."""
+    sent = PREFACE + frame(4, 0, bytes(6)) + frame(1, 1, b"block")
+    sent += frame(0, 1, bytes(20_000)) + frame(1, 1, b"trailers")
+    with Capture(CaptureSettings(backend=backend)) as capture:
+        capture.attach()
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            client = socket.create_connection(listener.getsockname())
+            server, _ = listener.accept()
+        with client, server:
+            client.sendall(sent)
+            received = 0
+            while received < len(sent):
+                received += len(server.recv(65536))
+        batch, offsets = capture.drain()
+        segments = [one for one in Decoder(capture.layout).decode(batch, offsets) if type(one) is Segment]
+    for role in (1, 2):
+        mine = [one for one in segments if one.role == role and one.flags & 1]
+        forwarded = b"".join(one.data for one in mine)
+        if mine[-1].offset + mine[-1].length != len(sent) or b"block" not in forwarded or b"trailers" not in forwarded:
+            return f"{role}: {segments}"
+        if len(forwarded) > 200:
+            return f"{role}: {len(forwarded)} bytes were forwarded"
+    return ""
+
+
+def frame(kind: int, stream: int, payload: bytes) -> bytes:
+    return len(payload).to_bytes(3, "big") + bytes((kind, 4 * (kind == 1))) + stream.to_bytes(4, "big") + payload
+
+
 def main() -> int:
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -68,6 +100,10 @@ def main() -> int:
         if targets != wanted or any(not one.response.startswith(b"HTTP/1.1 200") for one in found):
             print(f"{backend}: {targets}")
             return 1
+        if wrong := frames(backend):
+            print(f"{backend}: {wrong}")
+            return 1
+        print(f"{backend}: frames of HTTP/2")
     return 0
 
 

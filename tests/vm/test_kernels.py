@@ -20,3 +20,4 @@ def test_the_probes_load_and_see_traffic(kernel: str) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kernel}." in done.stdout
     assert f"syscalls: {EXCHANGES} exchanges" in done.stdout
+    assert "syscalls: frames of HTTP/2" in done.stdout

@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
-from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PROCESS, SEGMENT, batch, pack
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
+from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, batch, pack
 
 U64, U32, U16 = st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
 ADDRESS = st.binary(min_size=16, max_size=16)
@@ -85,9 +85,9 @@ def test_the_names_of_cgroups_are_read_as_paths(unified: bytes, memory: bytes, t
 
 def test_a_segment_is_read_with_its_data():
     """Only the captured bytes are data; the length may be larger."""
-    data = SEGMENT.pack(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
+    data = SEGMENT.pack(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
     assert decode(data + b"data") == [
-        Segment(3, 1, 2, 4, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
+        Segment(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
     ]
 
 
@@ -96,7 +96,12 @@ def test_a_close_is_read():
     assert decode(CLOSE.pack(4, 1, 5, 16, 71, 72, 73)) == [ConnectionClosed(4, 1, 5, 16, 71, 72, 73)]
 
 
-@pytest.mark.parametrize("kind", [0, 5, 255])
+def test_a_peer_is_read():
+    """The server's connection comes first."""
+    assert decode(PEER.pack(5, 71, 72)) == [PeerFound(71, 72)]
+
+
+@pytest.mark.parametrize("kind", [0, 6, 255])
 def test_an_unknown_kind_is_counted_and_skipped(kind):
     """A record of a later version does not disturb its neighbours."""
     decoder = Decoder(LAYOUT)
@@ -144,7 +149,7 @@ CGROUPS = st.sampled_from(
 PROCESSES = st.builds(ProcessSeen, U32, U64, U32, U32, NAMES, NAMES, CGROUPS)
 SEGMENTS = st.builds(
     lambda numbers, length, small, ports, local, remote, data: Segment(
-        3, 1, 2, len(data), *numbers, length, *small, *ports, local, remote, data
+        3, 1, 2, len(data), 3, *numbers, length, *small, *ports, local, remote, data
     ),
     st.lists(U64, min_size=4, max_size=4),
     U64,
@@ -155,9 +160,10 @@ SEGMENTS = st.builds(
     st.binary(max_size=60),
 )
 CLOSES = st.builds(ConnectionClosed, st.just(4), st.integers(0, 255), st.integers(0, 255), U32, U64, U64, U64)
+PEERS = st.builds(PeerFound, U64, U64)
 
 
-@given(st.lists(st.one_of(EXCHANGES, PROCESSES, SEGMENTS, CLOSES), max_size=12))
+@given(st.lists(st.one_of(EXCHANGES, PROCESSES, SEGMENTS, CLOSES, PEERS), max_size=12))
 def test_records_survive_the_wire(records):
     """What the kernel packs is what comes out, in its order, whatever stands beside it."""
     decoder = Decoder(LAYOUT)

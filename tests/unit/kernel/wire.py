@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
 
 _STRUCTS = {
     "record_exchange": (
@@ -23,13 +23,14 @@ _STRUCTS = {
         "kind:2 cgroup_bytes:2 memory_cgroup_bytes:2 _pad:6a tgid:4 start_ns:8 uid:4 ppid:4 comm:16a executable:64a"
     ),
     "record_segment": (
-        "kind:2 role:1 direction:1 captured:4 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 tgid:4 "
-        "tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
+        "kind:2 role:1 direction:1 captured:2 flags:2 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 "
+        "tgid:4 tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
     ),
+    "record_peer": "kind:2 _pad:6a connection_id:8 peer_connection_id:8",
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
 }
 _ENUMS = {
-    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE"),
+    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE PEER"),
     "exchange_role": ("ROLE_", 1, "SERVER CLIENT"),
     "exchange_end": ("END_", 1, "OPEN QUIET NEXT CLOSED RESET TIMED_OUT HANDED_OVER"),
     "segment_direction": ("DIRECTION_", 1, "REQUEST RESPONSE"),
@@ -38,7 +39,7 @@ _ENUMS = {
         0,
         "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMS_UNTOLD STREAMED "
         "REEMITTED REEMIT_LOST SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL "
-        "ENDPOINT_FULL IGNORED_TLS IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT",
+        "ENDPOINT_FULL IGNORED_TLS IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT PEERS_LOST FRAMES_LOST",
     ),
 }
 _FLAGS = (
@@ -65,17 +66,19 @@ def _describe_enum(prefix: str, first: int, names: str) -> str:
 DESCRIPTIONS = {
     **{name: _describe_struct(members) for name, members in _STRUCTS.items()},
     **{name: _describe_enum(*parts) for name, parts in _ENUMS.items()},
+    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\n",
     "exchange_flag": "".join(f"FLAG_{name} {1 << bit}\n" for bit, name in enumerate(_FLAGS.split())),
 }
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
 
 EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
 PROCESS = struct.Struct("<HHH6xIQII16s64s")
-SEGMENT = struct.Struct("<HBBI5Q3IHH16s16s")
+SEGMENT = struct.Struct("<HBBHH5Q3IHH16s16s")
+PEER = struct.Struct("<H6xQQ")
 CLOSE = struct.Struct("<HBBIQQQ")
 
 
-def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
+def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound) -> bytes:
     """The bytes that the kernel sends for a record."""
     values = [getattr(record, name) for name in record.__struct_fields__]
     match record:
@@ -92,6 +95,8 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
             return head + b"".join(names)
         case Segment():
             return SEGMENT.pack(*values[:-1]) + record.data
+        case PeerFound():
+            return PEER.pack(5, *values)
         case ConnectionClosed():
             return CLOSE.pack(*values)
 

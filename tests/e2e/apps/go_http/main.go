@@ -1,7 +1,7 @@
 // Go's net/http: `go_http serve PORT` answers `/status/N` with N and anything else with 404; `go_http get URL...`
 // requests each in turn and prints the statuses; `go_http between PORT NEXT_PORT` asks the next server for the same
 // path, some milliseconds after the request came, and answers with what came back. It forwards `traceparent` where it
-// got one.
+// got one. With H2C set, `serve` and `get` speak HTTP/2 without TLS by prior knowledge.
 package main
 
 import (
@@ -46,8 +46,13 @@ func main() {
 		fmt.Println(http.ListenAndServe("127.0.0.1:"+os.Args[2], http.HandlerFunc(pass)))
 		os.Exit(1)
 	}
+	protocols := new(http.Protocols)
+	protocols.SetHTTP1(os.Getenv("H2C") == "")
+	protocols.SetUnencryptedHTTP2(os.Getenv("H2C") != "")
+	http.DefaultTransport.(*http.Transport).Protocols = protocols
 	if os.Args[1] == "serve" {
-		fmt.Println(http.ListenAndServe("127.0.0.1:"+os.Args[2], http.HandlerFunc(answer)))
+		server := http.Server{Addr: "127.0.0.1:" + os.Args[2], Handler: http.HandlerFunc(answer), Protocols: protocols}
+		fmt.Println(server.ListenAndServe())
 		os.Exit(1)
 	}
 	for _, url := range os.Args[2:] {

@@ -1,0 +1,207 @@
+"""What the kernel forwards of HTTP/2 connections, byte by byte, against the walk as tests/unit/frame_walk.py has it.
+
+Frames of all kinds go through a real connection in transfers of every size, some of them through many buffers; both
+ends are seen. Each transfer's segments must be those that the model makes of the same bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import socket
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+
+import pytest
+
+from agent.kernel.capture import Capture, CaptureSettings
+from agent.kernel.records import Decoder
+from agent.model import ConnectionClosed, Role, Segment
+from tests.unit.frame_walk import FrameWalk, Made
+from tests.unit.http2_traffic import PREFACE, raw
+
+SERVER, CLIENT = int(Role.SERVER), int(Role.CLIENT)
+REQUEST, RESPONSE = 1, 2
+LARGEST = 60_000
+"""Bytes of one transfer: sent and received in one call without blocking."""
+
+
+@pytest.fixture(scope="module")
+def capture() -> Iterator[Capture]:
+    backend = os.environ.get("SPANLOOM_TEST_BACKEND", "auto")
+    with Capture(CaptureSettings(backend=backend, ring_buffer_bytes=32 << 20)) as running:
+        running.attach()
+        yield running
+
+
+class Connection:
+    """Two ends of a TCP connection in this process, and what should be told of what goes through."""
+
+    def __init__(self, capture: Capture, choice: random.Random) -> None:
+        self.choice = choice
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            capture.select_ports([listener.getsockname()[1]], [])
+            while capture.drain()[1]:
+                pass
+            self.client = socket.create_connection(listener.getsockname())
+            self.server, _ = listener.accept()
+        for end in (self.client, self.server):
+            end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        self.port = self.client.getpeername()[1]
+        self.walks = {
+            (role, direction): FrameWalk(begins=direction == REQUEST)
+            for role in (SERVER, CLIENT)
+            for direction in (REQUEST, RESPONSE)
+        }
+        self.expected: dict[tuple[int, int], list[Made]] = defaultdict(list)
+
+    def _pieces(self, size: int) -> list[int]:
+        """Sizes of buffers that hold so much together, some of them empty."""
+        count = self.choice.choice([2, 3, 7, 40])
+        cuts = sorted(self.choice.randint(0, size) for _ in range(count - 1))
+        return [end - begin for begin, end in zip([0, *cuts], [*cuts, size], strict=True)]
+
+    def send(self, direction: int, data: bytes, *, whole: bool = False) -> None:
+        """One call sends it; another one, or several unless it is to be ``whole``, receive it."""
+        sender, receiver = (self.client, self.server) if direction == REQUEST else (self.server, self.client)
+        if self.choice.random() < 0.5:
+            sent = sender.send(data)
+        else:
+            view, pieces, position = memoryview(data), [], 0
+            for size in self._pieces(len(data)):
+                pieces.append(view[position : position + size])
+                position += size
+            sent = sender.sendmsg(pieces)
+        assert sent == len(data)
+        role = CLIENT if direction == REQUEST else SERVER
+        self.expected[role, direction] += self.walks[role, direction].transfer(data)
+        while data:
+            size = len(data) if whole else self.choice.choice([len(data), self.choice.randint(1, len(data))])
+            if self.choice.random() < 0.5:
+                received = receiver.recv(size)
+            else:
+                buffers = [bytearray(piece) for piece in self._pieces(size)]
+                count = receiver.recvmsg_into(buffers)[0]
+                received = b"".join(buffers)[:count]
+            assert data.startswith(received)
+            self.expected[3 - role, direction] += self.walks[3 - role, direction].transfer(received)
+            data = data[len(received) :]
+
+    def close(self) -> None:
+        self.client.close()
+        self.server.close()
+
+
+def frames(choice: random.Random, count: int) -> bytes:
+    """Well-formed frames, of sizes that lie around every limit."""
+    made = b""
+    for _ in range(count):
+        stream = 2 * choice.randrange(500) + 1
+        small = choice.choice([0, 1, 20, 100])
+        size = choice.choice([0, 1, 15, 16, 17, 511, 512, 513, 4087, 4096, 16384, choice.randrange(20_000)])
+        made += choice.choice(
+            [
+                raw(0, choice.choice([0, 1]), stream, choice.randbytes(size)),
+                raw(1, choice.choice([4, 5]), stream, choice.randbytes(choice.choice([small, size]))),
+                raw(2, 0, stream, bytes(5)),
+                raw(3, 0, stream, bytes(4)),
+                raw(4, 0, 0, bytes(6 * choice.choice([0, 1, 5, 300]))),
+                raw(6, 0, 0, bytes(8)),
+                raw(7, 0, 0, bytes(8 + small)),
+                raw(8, 0, choice.choice([0, stream]), bytes(4)),
+                raw(9, 4, stream, choice.randbytes(size)),
+                raw(16, 0, 0, choice.randbytes(choice.choice([small, 2000]))),
+            ]
+        )
+    return made
+
+
+def told(capture: Capture, connection: Connection) -> dict[tuple[int, int], list[Made]]:
+    """What the kernel forwarded of the connection, when its close has been told of on both sides."""
+    decoder = Decoder(capture.layout)
+    found: dict[tuple[int, int], list[Made]] = defaultdict(list)
+    ids: set[int] = set()
+    closed: set[int] = set()
+    deadline = time.monotonic() + 20
+    while len(closed) < 2:
+        assert time.monotonic() < deadline
+        capture.sweep()
+        for record in decoder.decode(*capture.drain()):
+            if type(record) is Segment and connection.port in (record.local_port, record.remote_port):
+                ids.add(record.connection_id)
+                found[record.role, record.direction].append((record.offset, record.data, record.length, record.flags))
+            elif type(record) is ConnectionClosed and record.connection_id in ids:
+                closed.add(record.connection_id)
+    return found
+
+
+@pytest.mark.parametrize("largest", [1, 12, 300, 5000, LARGEST])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_kernel_forwards_what_the_model_says(capture: Capture, seed: int, largest: int) -> None:
+    """Every segment of either direction on either side, with its offset, gap and flags."""
+    choice = random.Random(f"{seed} {largest}")
+    connection = Connection(capture, choice)
+    lost = capture.counters()["frames_lost"]
+    count = 6 if largest < 100 else 60
+    most = 4000 if largest < 100 else 1 << 20
+    waiting = {direction: frames(choice, count)[:most] for direction in (REQUEST, RESPONSE)}
+    connection.send(REQUEST, PREFACE + raw(4, 0, 0, bytes(6)), whole=True)
+    while any(waiting.values()):
+        direction = choice.choice([direction for direction, data in waiting.items() if data])
+        size = choice.randint(1, largest)
+        connection.send(direction, waiting[direction][:size])
+        waiting[direction] = waiting[direction][size:]
+    connection.close()
+    found = told(capture, connection)
+    for end, expected in connection.expected.items():
+        assert found[end] == expected, end
+    assert capture.counters()["frames_lost"] == lost
+
+
+def test_a_preface_in_pieces(capture: Capture) -> None:
+    """As Go's server reads it, and in any other way."""
+    for cut in range(3, 23):
+        connection = Connection(capture, random.Random(cut))
+        sent = PREFACE + raw(4, 0, 0, bytes(6)) + raw(1, 5, 1, b"block")
+        for piece in (sent[:cut], sent[cut : cut + 30], sent[cut + 30 :]):
+            connection.client.sendall(piece)
+            received = connection.server.recv(65536)
+            assert received == piece
+        connection.close()
+        found = told(capture, connection)
+        for role in (CLIENT, SERVER):
+            assert b"".join(data for _, data, _, _ in found[role, REQUEST]) == sent, cut
+            assert [flags & 1 for _, _, _, flags in found[role, REQUEST]] == [1] * len(found[role, REQUEST])
+
+
+def test_many_of_the_shortest_frames(capture: Capture) -> None:
+    """A transfer that is full of them is walked over to its end."""
+    connection = Connection(capture, random.Random(1))
+    connection.send(REQUEST, PREFACE, whole=True)
+    connection.send(REQUEST, raw(3, 0, 1, bytes(4)) * (LARGEST // 13), whole=True)
+    connection.send(REQUEST, raw(8, 0, 1, bytes(4)) * (LARGEST // 13), whole=True)
+    connection.close()
+    found = told(capture, connection)
+    for end, expected in connection.expected.items():
+        assert found[end] == expected, end
+
+
+def test_no_frames(capture: Capture) -> None:
+    """What can be none loses the place: a gap tells of it once, until a transfer begins like a frame."""
+    connection = Connection(capture, random.Random(1))
+    first, block = raw(4, 0, 0, bytes(6)), raw(1, 5, 3, b"block")
+    for piece in (PREFACE + first, b"\xff" * 300, b"\xfe" * 200, block):
+        connection.client.sendall(piece)
+        assert connection.server.recv(65536) == piece
+    lost = capture.counters()["frames_lost"]
+    connection.close()
+    found = told(capture, connection)
+    for role in (CLIENT, SERVER):
+        whole = len(PREFACE + first)
+        assert found[role, REQUEST] == [
+            (0, PREFACE + first, whole, 1),
+            (whole, b"", 291, 1),
+            (whole + 491, block, len(block), 3),
+        ]
+    assert lost >= 2
