@@ -73,6 +73,7 @@ class Flag(IntFlag):
     INTERIM = 128
     REQUEST_GAP = 256
     FOREIGN = 512
+    TLS = 1024
 
 
 class Exchange(msgspec.Struct, frozen=True, gc=False):
@@ -167,6 +168,13 @@ class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
     connection_id: int
     exchange_id: int
     time_ns: int
+
+
+class TlsSeen(msgspec.Struct, frozen=True, gc=False):
+    """A process moves TLS bytes on a connection that no TLS library was seen to use (``struct record_tls``)."""
+
+    tgid: int
+    start_ns: int
 
 
 class TraceContext(msgspec.Struct, frozen=True, gc=False):

@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Captures HTTP/1 exchanges and follows sockets and tasks. User space loads one of the two backends. */
+/* Captures HTTP/1 exchanges and follows sockets and tasks. User space loads one of the two backends, and attaches the
+ * programs of tls.bpf.h to the TLS libraries that it finds.
+ */
 #include "sockets.bpf.h"
 #include "syscalls.bpf.h"
+#include "tls.bpf.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -60,6 +63,8 @@ int BPF_PROG(on_process_exit, struct task_struct *task)
 	__u32 tid = task->pid, tgid = task->tgid;
 
 	bpf_map_delete_elem(&threads, &tid);
+	if (tls_enabled)
+		bpf_map_delete_elem(&tls_threads, &tid);
 	if (tid == tgid)
 		bpf_map_delete_elem(&processes, &tgid);
 	return 0;

@@ -12,6 +12,7 @@ enum record_kind {
 	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
 	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
+	RECORD_TLS = 5,      /* a process moves TLS bytes on a connection that no TLS library was seen to use */
 };
 
 enum exchange_role {
@@ -41,6 +42,7 @@ enum exchange_flag {
 	FLAG_INTERIM = 1 << 7,            /* 1xx responses were seen and left out of the response bytes */
 	FLAG_REQUEST_GAP = 1 << 8,        /* request bytes are missing between the captured ones and what follows */
 	FLAG_FOREIGN = 1 << 9,            /* bytes came that begin no response: the rest of the one before, or no HTTP */
+	FLAG_TLS = 1 << 10,               /* the bytes are those that the process gave to its TLS library, or got from it */
 };
 
 enum segment_direction {
@@ -71,6 +73,10 @@ enum counter {
 	COUNTER_IGNORED_PORT,       /* requests on ports that are not selected */
 	COUNTER_RESPONSE_ALONE,     /* response bytes without a request: it was sent before the agent started */
 	COUNTER_READ_FAULT,         /* user memory that could not be read */
+	COUNTER_TLS_TIED,           /* TLS objects whose socket was found */
+	COUNTER_TLS_UNTIED,         /* calls that moved plaintext of a TLS object whose socket was not known */
+	COUNTER_TLS_CONTRADICTED,   /* TLS objects whose socket turned out to be another one, or several */
+	COUNTER_TLS_FULL,           /* TLS objects, or threads that call a TLS library, that could not be remembered */
 	COUNTERS,
 };
 
@@ -133,6 +139,13 @@ struct record_segment {
 	__u16 remote_port;
 	__u8 local_address[16];
 	__u8 remote_address[16];
+};
+
+struct record_tls {
+	__u16 kind;
+	__u8 _pad[2];
+	__u32 tgid;
+	__u64 start_ns; /* CLOCK_BOOTTIME */
 };
 
 struct record_close {

@@ -515,21 +515,27 @@ static __always_inline struct process *announce_process(__u32 tgid)
 {
 	struct task_struct *leader = BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), group_leader);
 	struct process process = { .start_ns = BPF_CORE_READ(leader, start_boottime) };
-	struct record_process record = {
-		.kind = RECORD_PROCESS,
-		.tgid = tgid,
-		.start_ns = process.start_ns,
-		.cgroup_id = bpf_get_current_cgroup_id(),
-		.uid = bpf_get_current_uid_gid(),
-		.ppid = BPF_CORE_READ(leader, real_parent, tgid),
-	};
 	const unsigned char *name = BPF_CORE_READ(leader, mm, exe_file, f_path.dentry, d_name.name);
+	struct segment_scratch *scratch; /* the record is a fifth of what the stack of all callers together may be */
+	struct record_process *record;
+	__u32 zero = 0;
 
-	BPF_CORE_READ_STR_INTO(&record.comm, leader, comm);
-	if (bpf_probe_read_kernel_str(record.executable, sizeof(record.executable), name) < 0)
+	scratch = bpf_map_lookup_elem(&segment_scratch, &zero);
+	if (!scratch)
+		return 0;
+	record = (void *)scratch->data;
+	__builtin_memset(record, 0, sizeof(*record));
+	record->kind = RECORD_PROCESS;
+	record->tgid = tgid;
+	record->start_ns = process.start_ns;
+	record->cgroup_id = bpf_get_current_cgroup_id();
+	record->uid = bpf_get_current_uid_gid();
+	record->ppid = BPF_CORE_READ(leader, real_parent, tgid);
+	BPF_CORE_READ_STR_INTO(&record->comm, leader, comm);
+	if (bpf_probe_read_kernel_str(record->executable, sizeof(record->executable), name) < 0)
 		count(COUNTER_READ_FAULT);
 	/* Woken at once: a short-lived process may be gone from /proc soon. */
-	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_FORCE_WAKEUP))
+	if (bpf_ringbuf_output(&records, record, sizeof(*record), BPF_RB_FORCE_WAKEUP))
 		count(COUNTER_PROCESSES_LOST);
 	if (bpf_map_update_elem(&processes, &tgid, &process, BPF_ANY))
 		count(COUNTER_PROCESS_FULL);
@@ -546,7 +552,7 @@ static __always_inline void begin(struct connection *connection, struct process 
 	count(COUNTER_BEGUN);
 	if (!process)
 		process = announce_process(tgid);
-	exchange->flags = 0;
+	exchange->flags = connection->tls ? FLAG_TLS : 0;
 	exchange->process_start_ns = 0;
 	if (process) {
 		exchange->process_start_ns = process->start_ns;
@@ -1060,6 +1066,37 @@ static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u
 		bpf_map_delete_elem(&endpoints, endpoint);
 }
 
+/* The object's bytes are not the connection's any more. */
+static __always_inline void untie(struct connection *connection)
+{
+	struct tls_key key = { .object = connection->tls_object, .tgid = connection->tls_tgid };
+
+	if (!key.object)
+		return;
+	bpf_map_delete_elem(&tls_objects, &key);
+	connection->tls_object = 0;
+}
+
+/* A client's connection: where its server will look for it. */
+static __always_inline void remember_endpoint(struct connection *connection)
+{
+	struct endpoint endpoint;
+	__u64 key = connection->sock;
+
+	endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
+		    connection->exchange.netns, connection->exchange.remote_port);
+	if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+		count(COUNTER_ENDPOINT_FULL);
+	endpoint.server_port = 0;
+	if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+		count(COUNTER_ENDPOINT_FULL);
+}
+
+/* tls.bpf.h: TLS records went through a socket, or are about to. */
+__noinline int on_tls_records(__u64 sock, __u64 egress);
+/* tls.bpf.h: a thread waits for events. */
+__noinline int on_tls_wait(__u64 tid);
+
 /* Ends the tracking of a connection. */
 static __always_inline void forget(__u64 key)
 {
@@ -1075,6 +1112,7 @@ static __always_inline void forget(__u64 key)
 		endpoint.server_port = 0;
 		forget_endpoint(&endpoint, key);
 	}
+	untie(connection);
 	untrack(key);
 }
 
@@ -1085,13 +1123,19 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 						bool egress)
 {
 	struct connection *connection;
-	struct endpoint endpoint;
 	__u64 key = (__u64)sock;
 	int looks;
 
 	looks = look(transfer);
 	if (!(looks & LOOKS_REQUEST)) {
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
+		if ((looks & LOOKS_TLS) && tls_enabled && (!socket || is_tcp(socket, sock))) {
+			__u64 number = 0;
+
+			/* A global function takes numbers only: read back, the trusted pointer is one. */
+			if (!bpf_probe_read_kernel(&number, sizeof(number), &key))
+				on_tls_records(number, egress);
+		}
 		return 0;
 	}
 	if (socket && !is_tcp(socket, sock))
@@ -1120,15 +1164,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	read_identity(sock, &connection->exchange);
 	if (passes_over(connection))
 		return 0;
-	if (egress) {
-		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
-			    connection->exchange.netns, connection->exchange.remote_port);
-		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
-			count(COUNTER_ENDPOINT_FULL);
-		endpoint.server_port = 0;
-		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
-			count(COUNTER_ENDPOINT_FULL);
-	}
+	if (egress)
+		remember_endpoint(connection);
 	return connection;
 }
 
@@ -1152,6 +1189,10 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	__u64 key = (__u64)sock, now;
 	bool response;
 
+	if (connection && connection->tls) {
+		on_tls_records(connection->sock, egress);
+		return;
+	}
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
 		if (connection->state != STATE_IDLE)

@@ -32,6 +32,7 @@ DESCRIBED = (
     "record_process",
     "record_segment",
     "record_close",
+    "record_tls",
     "record_kind",
     "exchange_role",
     "exchange_end",

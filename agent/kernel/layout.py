@@ -90,6 +90,7 @@ class WireLayout:
     process: RecordLayout
     segment: RecordLayout
     close: RecordLayout
+    tls: RecordLayout
     kinds: dict[str, int]
     counters: tuple[str, ...]
 
@@ -106,6 +107,7 @@ class WireLayout:
                 ("record_process", None),
                 ("record_segment", None),
                 ("record_close", None),
+                ("record_tls", None),
             )
         }
         check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
@@ -114,6 +116,9 @@ class WireLayout:
         process = layouts["record_process"].fields
         if process != ("kind", *model.ProcessSeen.__struct_fields__):
             raise LayoutMismatchError(f"struct record_process has {process}")
+        tls = layouts["record_tls"].fields
+        if tls != ("kind", *model.TlsSeen.__struct_fields__):
+            raise LayoutMismatchError(f"struct record_tls has {tls}")
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
         check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
@@ -125,6 +130,7 @@ class WireLayout:
             process=layouts["record_process"],
             segment=layouts["record_segment"],
             close=layouts["record_close"],
+            tls=layouts["record_tls"],
             kinds=parse_enum(describe("record_kind")),
             counters=tuple(name.removeprefix("COUNTER_").lower() for name in list(counters)[:-1]),
         )

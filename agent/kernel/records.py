@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment, TlsSeen
 
-Record = Exchange | ProcessSeen | Segment | ConnectionClosed
+Record = Exchange | ProcessSeen | Segment | ConnectionClosed | TlsSeen
 
 
 class Decoder:
@@ -29,10 +29,12 @@ class Decoder:
         self._segment = layout.segment.codec
         self._segment_captured = layout.segment.fields.index("captured")
         self._close = layout.close.codec
+        self._tls = layout.tls.codec
         self._others = {
             kinds["RECORD_PROCESS"]: self._decode_process,
             kinds["RECORD_SEGMENT"]: self._decode_segment,
             kinds["RECORD_CLOSE"]: self._decode_close,
+            kinds["RECORD_TLS"]: self._decode_tls,
         }
 
     def decode(self, batch: bytes, offsets: Iterable[int]) -> list[Record]:
@@ -72,6 +74,10 @@ class Decoder:
 
     def _decode_close(self, batch: bytes, offset: int) -> ConnectionClosed:
         return ConnectionClosed(*self._close.unpack_from(batch, offset))
+
+    def _decode_tls(self, batch: bytes, offset: int) -> TlsSeen:
+        _, tgid, start_ns = self._tls.unpack_from(batch, offset)
+        return TlsSeen(tgid, start_ns)
 
 
 def _text(raw: bytes) -> str:

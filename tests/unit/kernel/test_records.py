@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
-from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PROCESS, SEGMENT, batch, pack
+from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment, TlsSeen
+from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PROCESS, SEGMENT, TLS, batch, pack
 
 U64, U32, U16 = st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
 ADDRESS = st.binary(min_size=16, max_size=16)
@@ -78,7 +78,12 @@ def test_a_close_is_read():
     assert decode(CLOSE.pack(4, 1, 5, 16, 71, 72, 73)) == [ConnectionClosed(4, 1, 5, 16, 71, 72, 73)]
 
 
-@pytest.mark.parametrize("kind", [0, 5, 255])
+def test_a_process_that_uses_tls_is_read():
+    """Its number and when it started."""
+    assert decode(TLS.pack(5, 42, 2**63)) == [TlsSeen(42, 2**63)]
+
+
+@pytest.mark.parametrize("kind", [0, 6, 255])
 def test_an_unknown_kind_is_counted_and_skipped(kind):
     """A record of a later version does not disturb its neighbours."""
     decoder = Decoder(LAYOUT)

@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, ProcessSeen, Segment, TlsSeen
 
 _STRUCTS = {
     "record_exchange": (
@@ -25,9 +25,10 @@ _STRUCTS = {
         "tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
     ),
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
+    "record_tls": "kind:2 _pad:2a tgid:4 start_ns:8",
 }
 _ENUMS = {
-    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE"),
+    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE TLS"),
     "exchange_role": ("ROLE_", 1, "SERVER CLIENT"),
     "exchange_end": ("END_", 1, "OPEN QUIET NEXT CLOSED RESET TIMED_OUT HANDED_OVER"),
     "segment_direction": ("DIRECTION_", 1, "REQUEST RESPONSE"),
@@ -36,12 +37,12 @@ _ENUMS = {
         0,
         "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMED REEMITTED REEMIT_LOST "
         "SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL ENDPOINT_FULL IGNORED_TLS "
-        "IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT",
+        "IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT TLS_TIED TLS_UNTIED TLS_CONTRADICTED TLS_FULL",
     ),
 }
 _FLAGS = (
     "FIRST REQUEST_TRUNCATED RESPONSE_TRUNCATED TAIL_VALID PEER_CLOSED CLIENT_ONLY PROCESS_UNKNOWN INTERIM REQUEST_GAP "
-    "FOREIGN"
+    "FOREIGN TLS"
 )
 
 
@@ -71,9 +72,10 @@ EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
 PROCESS = struct.Struct("<H2xIQQII16s64s")
 SEGMENT = struct.Struct("<HBBI5Q3IHH16s16s")
 CLOSE = struct.Struct("<HBBIQQQ")
+TLS = struct.Struct("<H2xIQ")
 
 
-def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
+def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | TlsSeen) -> bytes:
     """The bytes that the kernel sends for a record."""
     values = [getattr(record, name) for name in record.__struct_fields__]
     match record:
@@ -89,6 +91,8 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed) -> bytes:
             return SEGMENT.pack(*values[:-1]) + record.data
         case ConnectionClosed():
             return CLOSE.pack(*values)
+        case TlsSeen():
+            return TLS.pack(5, *values)
 
 
 def batch(pieces: Sequence[bytes]) -> tuple[bytes, list[int]]:

@@ -1,0 +1,185 @@
+"""Which files a process runs TLS with: shared libraries in its memory map, or its own executable.
+
+In: a process id. Out: ``Library`` records, each a file that defines the functions of a TLS library and where they lie,
+or the reason why the process's TLS cannot be seen. Files are found through the process's own memory map, so whatever
+its mount namespace is and whatever became of the name since: what it runs is what is looked at. Never: waits, attaches
+anything, raises because a process is gone or forbidden, reads without a bound.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections import OrderedDict
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from agent.elf import function_offsets
+from agent.process import ProcessInfo, language_of_elf
+
+_MAPS_BYTES = 1024 * 1024
+_KNOWN_FILES = 4096
+_LIBRARY = re.compile(rb"/lib(?:ssl|boringssl|gnutls|node)(?=[^/\n]*+$)[^/\n]*?\.so")
+
+FAMILIES: tuple[dict[str, str], ...] = (
+    {
+        "SSL_read": "on_tls_read",
+        "SSL_read_ex": "on_tls_read_ex",
+        "SSL_write": "on_tls_write",
+        "SSL_write_ex": "on_tls_write_ex",
+        "SSL_do_handshake": "on_tls_handshake",
+        "SSL_free": "on_tls_free",
+    },
+    {
+        "gnutls_record_recv": "on_tls_read",
+        "gnutls_record_send": "on_tls_write",
+        "gnutls_handshake": "on_tls_handshake",
+        "gnutls_deinit": "on_tls_free",
+    },
+)
+"""The functions of OpenSSL and its like, and of GnuTLS, and the program that is for each."""
+_NEEDED = ({"SSL_read", "SSL_write"}, {"gnutls_record_recv", "gnutls_record_send"})
+_NAMES = [name for family in FAMILIES for name in family]
+
+Identity = tuple[object, ...]
+
+
+class Function(msgspec.Struct, frozen=True):
+    """One function to watch: the program that is for it, and its offset in the file."""
+
+    program: str
+    offset: int
+
+
+class Library(msgspec.Struct, frozen=True):
+    """A file whose TLS functions can be watched. It is held open until ``close()``, so that ``path`` leads to it even
+    when the process that showed it has ended.
+    """
+
+    identity: Identity
+    descriptor: int
+    name: str
+    functions: tuple[Function, ...]
+
+    @property
+    def path(self) -> str:
+        return f"/proc/self/fd/{self.descriptor}"
+
+    def close(self) -> None:
+        os.close(self.descriptor)
+
+
+class Libraries:
+    """Looks into processes. What a file defines is remembered for the last ``_KNOWN_FILES`` files."""
+
+    def __init__(self, proc_root: Path = Path("/proc")) -> None:
+        self._proc_root = os.fspath(proc_root)
+        self._known: OrderedDict[Identity, tuple[Function, ...]] = OrderedDict()
+
+    def processes(self) -> Iterator[int]:
+        """The processes there are now."""
+        with os.scandir(self._proc_root) as entries:
+            yield from (int(entry.name) for entry in entries if entry.name.isdecimal())
+
+    def shared(self, tgid: int) -> list[Library] | None:
+        """The TLS libraries that a process has mapped as code; to be closed by the caller. None: it has ended."""
+        found: dict[Identity, Library] = {}
+        mapped = self._mapped(tgid)
+        for span, path in mapped or ():
+            library = self._look(f"{self._proc_root}/{tgid}/map_files/{span}", os.path.basename(path))
+            if library is not None and found.setdefault(library.identity, library) is not library:
+                library.close()  # mapped twice
+        return None if mapped is None else list(found.values())
+
+    def executable(self, tgid: int) -> Library | None:
+        """The executable of a process, when it defines the functions of a TLS library itself; to be closed.
+
+        That of a Go program is left alone, whatever it defines: its stacks move, and a return probe would write into
+        what was copied elsewhere.
+        """
+        return self._look(f"{self._proc_root}/{tgid}/exe", "", is_executable=True)
+
+    def maps(self, tgid: int, identity: Identity) -> bool:
+        """Whether the process still runs that file."""
+        paths = [f"{self._proc_root}/{tgid}/map_files/{span}" for span, _ in self._mapped(tgid) or ()]
+        return any(self._identity(path) == identity for path in (*paths, f"{self._proc_root}/{tgid}/exe"))
+
+    def _mapped(self, tgid: int) -> list[tuple[str, str]] | None:
+        """Address range and path of each mapping of code whose name is that of a TLS library. None: nothing is mapped,
+        the process has ended.
+        """
+        try:
+            with open(f"{self._proc_root}/{tgid}/maps", "rb", buffering=0) as maps:
+                data = bytearray()
+                while len(data) < _MAPS_BYTES and (chunk := maps.read(65536)):
+                    data += chunk
+        except OSError:
+            return None
+        if not data:
+            return None
+        found = []
+        for line in bytes(data).splitlines():
+            if b".so" in line and _LIBRARY.search(line.removesuffix(b" (deleted)")):
+                fields = line.split(None, 5)
+                if len(fields) == 6 and b"x" in fields[1]:
+                    start, _, end = fields[0].partition(b"-")
+                    span = f"{int(start, 16):x}-{int(end, 16):x}"
+                    found.append((span, fields[5].removesuffix(b" (deleted)").decode("utf-8", "replace")))
+        return found
+
+    def _identity(self, path: str) -> Identity | None:
+        try:
+            status = os.stat(path)
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
+
+    def _look(self, path: str, name: str, *, is_executable: bool = False) -> Library | None:
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return None
+        library = None
+        try:
+            status = os.fstat(fd)
+            identity = status.st_dev, status.st_ino
+            # The same file may have been changed in its place since it was looked at.
+            known_as = (*identity, status.st_size, status.st_mtime_ns)
+            functions = self._known.get(known_as)
+            if functions is None:
+                functions = self._functions(fd, is_executable)
+                if len(self._known) >= _KNOWN_FILES:
+                    self._known.popitem(last=False)
+                self._known[known_as] = functions
+            if functions:
+                name = name or os.path.basename(os.readlink(path)).removesuffix(" (deleted)")
+                library = Library(identity, fd, name, functions)
+        except OSError:
+            pass  # it is gone
+        finally:
+            if library is None:
+                os.close(fd)
+        return library
+
+    @staticmethod
+    def _functions(fd: int, is_executable: bool) -> tuple[Function, ...]:
+        def read_at(offset: int, count: int) -> bytes:
+            return os.pread(fd, count, offset)
+
+        if is_executable and language_of_elf(read_at) == "go":
+            return ()
+        offsets = function_offsets(read_at, _NAMES)
+        functions: dict[int, Function] = {}
+        for family, needed in zip(FAMILIES, _NEEDED, strict=True):
+            if needed <= offsets.keys():
+                for name, program in family.items():
+                    if name in offsets:  # two names of one function are one function
+                        functions.setdefault(offsets[name], Function(program, offsets[name]))
+        return tuple(functions.values())
+
+
+def why_unseen(info: ProcessInfo) -> str:
+    """Why nothing is seen of the TLS of a process in which no library was found: a metric label."""
+    return {"java": "java", "go": "go", "rust": "rust"}.get(info.language, "no_symbols")
