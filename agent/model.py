@@ -60,6 +60,13 @@ class End(IntEnum):
     HANDED_OVER = 7
 
 
+class TlsNotice(IntEnum):
+    """What the kernel has seen. Numbers of ``enum tls_notice`` in bpf/events.h, where each is explained."""
+
+    UNWATCHED = 1
+    OTHER_STACK = 2
+
+
 class Flag(IntFlag):
     """Bits of ``enum exchange_flag`` in bpf/events.h."""
 
@@ -171,8 +178,9 @@ class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
 
 
 class TlsSeen(msgspec.Struct, frozen=True, gc=False):
-    """A process moves TLS bytes on a connection that no TLS library was seen to use (``struct record_tls``)."""
+    """How a process uses TLS is to be looked at (``struct record_tls``); ``notice`` is a number of ``TlsNotice``."""
 
+    notice: int
     tgid: int
     start_ns: int
 

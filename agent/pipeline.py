@@ -18,7 +18,7 @@ import msgspec
 from agent.errors import ProtocolError
 from agent.hold import Hold
 from agent.kernel.records import Decoder
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span, TlsSeen
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span, TlsNotice, TlsSeen
 from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.stitch import Stitcher
@@ -121,7 +121,7 @@ class Pipeline:
         hold: Hold | None = None,
         on_process: Callable[[ProcessInfo], None] = lambda info: None,
         protocols_of: Callable[[ProcessInfo], Sequence[ExchangeProtocol] | None] = lambda info: None,
-        on_tls: Callable[[ProcessInfo], None] = lambda info: None,
+        on_tls: Callable[[ProcessInfo, int], None] = lambda info, notice: None,
         max_pending: int = 32768,
         max_processes: int = 16384,
         exchange_timeout_ns: int = 600_000_000_000,
@@ -594,8 +594,8 @@ class Pipeline:
 
     def _on_tls_seen(self, seen: TlsSeen) -> None:
         info = self._processes.lookup(seen.tgid, seen.start_ns)
-        if self._selector.selects(info) or not info.is_placed:
-            self._on_tls(info)
+        if self._selector.selects(info) or not info.is_placed or seen.notice == TlsNotice.OTHER_STACK:
+            self._on_tls(info, seen.notice)
 
     def reconsider(self, infos: Iterable[ProcessInfo]) -> None:
         """Decide again on processes of which something else is known now."""

@@ -43,6 +43,13 @@ FAMILIES: tuple[dict[str, str], ...] = (
 _NEEDED = ({"SSL_read", "SSL_write"}, {"gnutls_record_recv", "gnutls_record_send"})
 _NAMES = [name for family in FAMILIES for name in family]
 
+_STACK_SWITCHERS = re.compile(
+    rb"/lib(?:boost_(?:context|coroutine|fiber)|brpc|bthread|co|colib|photon)(?:-mt)?[-.\d]*\.so"
+)
+"""Libraries of programs that may leave a TLS call half-way for another stack, or end it on another thread."""
+_STACK_SWITCHING = ("__crystal_main", "bthread_start_background", "co_resume", "_D4vibe4core4core12runEventLoopFZi")
+"""Functions that tell the same of an executable: Crystal's runtime, brpc, libco, vibe.d."""
+
 Identity = tuple[object, ...]
 
 
@@ -77,6 +84,7 @@ class Libraries:
     def __init__(self, proc_root: Path = Path("/proc")) -> None:
         self._proc_root = os.fspath(proc_root)
         self._known: OrderedDict[Identity, tuple[Function, ...]] = OrderedDict()
+        self._switching: OrderedDict[Identity, bool] = OrderedDict()
 
     def processes(self) -> Iterator[int]:
         """The processes there are now."""
@@ -101,15 +109,36 @@ class Libraries:
         """
         return self._look(f"{self._proc_root}/{tgid}/exe", "", is_executable=True)
 
+    def switches_stacks(self, tgid: int) -> bool:
+        """Whether the process may leave a call of a TLS library half-way: probes on returns could crash it."""
+        if any(map(_STACK_SWITCHERS.search, self._map_lines(tgid) or ())):
+            return True
+        try:
+            fd = os.open(f"{self._proc_root}/{tgid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        except OSError:
+            return False
+        try:
+            status = os.fstat(fd)
+            known_as = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            found = self._switching.get(known_as)
+            if found is None:
+                found = bool(function_offsets(lambda offset, count: os.pread(fd, count, offset), _STACK_SWITCHING))
+                if len(self._switching) >= _KNOWN_FILES:
+                    self._switching.popitem(last=False)
+                self._switching[known_as] = found
+            return found
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
+
     def maps(self, tgid: int, identity: Identity) -> bool:
         """Whether the process still runs that file."""
         paths = [f"{self._proc_root}/{tgid}/map_files/{span}" for span, _ in self._mapped(tgid) or ()]
         return any(self._identity(path) == identity for path in (*paths, f"{self._proc_root}/{tgid}/exe"))
 
-    def _mapped(self, tgid: int) -> list[tuple[str, str]] | None:
-        """Address range and path of each mapping of code whose name is that of a TLS library. None: nothing is mapped,
-        the process has ended.
-        """
+    def _map_lines(self, tgid: int) -> list[bytes] | None:
+        """The process's memory map. None: nothing is mapped, the process has ended."""
         try:
             with open(f"{self._proc_root}/{tgid}/maps", "rb", buffering=0) as maps:
                 data = bytearray()
@@ -117,10 +146,15 @@ class Libraries:
                     data += chunk
         except OSError:
             return None
-        if not data:
+        return bytes(data).splitlines() or None
+
+    def _mapped(self, tgid: int) -> list[tuple[str, str]] | None:
+        """Address range and path of each mapping of code whose name is that of a TLS library, or None."""
+        lines = self._map_lines(tgid)
+        if lines is None:
             return None
         found = []
-        for line in bytes(data).splitlines():
+        for line in lines:
             if b".so" in line and _LIBRARY.search(line.removesuffix(b" (deleted)")):
                 fields = line.split(None, 5)
                 if len(fields) == 6 and b"x" in fields[1]:

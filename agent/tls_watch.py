@@ -17,6 +17,7 @@ from collections.abc import Iterable
 from typing import Any, Protocol
 
 from agent.errors import KernelUnsupportedError, SpanloomError
+from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.telemetry import event
 from agent.tls_libraries import Identity, Libraries, Library, why_unseen
@@ -25,6 +26,8 @@ _log = logging.getLogger("spanloom.tls")
 
 MAX_FILES = 256
 """Files that are watched at a time; more are refused, and counted."""
+MAX_REFUSED = 4096
+"""Files that are remembered as not to be watched; of more, the oldest is tried again."""
 MAX_WAITING = 4096
 """Processes that wait to be looked at; more are told of again by their next connection."""
 MAX_USERS = 8192
@@ -78,7 +81,7 @@ class TlsWatch:
         self._watched: dict[Identity, _Watched] = {}
         self._refused_files: dict[Identity, str] = {}
         self._logged: dict[tuple[str, str], int] = {}
-        self._waiting: queue.Queue[ProcessInfo | None] = queue.Queue(MAX_WAITING)
+        self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
         self._canary: list[Any] = []
         self._thread: threading.Thread | None = None
 
@@ -122,12 +125,12 @@ class TlsWatch:
         self._release(*self._watched)
         self._probes.unwatch(self._canary)
 
-    def look_at(self, info: ProcessInfo) -> None:
-        """A process uses TLS: it is looked at soon."""
+    def look_at(self, info: ProcessInfo, notice: int) -> None:
+        """A process uses TLS: it is looked at soon. ``notice`` is a number of ``TlsNotice``."""
         if self._thread is None or info.key[0] == self._own_tgid:
             return
         try:
-            self._waiting.put_nowait(info)
+            self._waiting.put_nowait((info, notice))
         except queue.Full:
             self._probes.forget_tls_told(info.key[0])
 
@@ -142,10 +145,10 @@ class TlsWatch:
         look_at = time.monotonic() + LOOK_SECONDS
         while True:
             try:
-                info = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
-                if info is None:
+                told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
+                if told is None:
                     return
-                self._examine(info)
+                self._examine(*told)
             except queue.Empty:
                 pass
             except Exception:  # a process that nobody foresaw must not end the watch over all others
@@ -155,7 +158,7 @@ class TlsWatch:
                 self._look_for_users()
                 look_at = time.monotonic() + LOOK_SECONDS
 
-    def _examine(self, info: ProcessInfo) -> None:
+    def _examine(self, info: ProcessInfo, notice: int) -> None:
         tgid = info.key[0]
         found = self._libraries.shared(tgid)
         if found is None:
@@ -166,17 +169,35 @@ class TlsWatch:
         if not found:
             # The executable of a process that has ended meanwhile cannot be read any more.
             self._report(info, "gone" if self._libraries.shared(tgid) is None else why_unseen(info))
+        is_unsafe = notice == TlsNotice.OTHER_STACK
         for library in found:
-            reason = self._use(library, tgid)
+            reason = self._use(library, tgid, is_unsafe)
             if reason:
                 self._report(info, reason)
 
-    def _use(self, library: Library, tgid: int) -> str:
-        """Watch a file that a process uses, and close it. Returns why not, or an empty string."""
+    def _use(self, library: Library, tgid: int, is_unsafe: bool = False) -> str:
+        """Watch a file that a process uses, and close it. Returns why not, or an empty string.
+
+        Probes are on the file, whoever runs it: one process that they could crash keeps them off for all.
+        """
         try:
+            if is_unsafe or self._libraries.switches_stacks(tgid):
+                self._refuse(library, "stacks", "a process that runs it switches stacks")
             return self._watch(library, tgid)
         finally:
             library.close()
+
+    def _refuse(self, library: Library, reason: str, message: str) -> None:
+        """Watch a file no more, and not again."""
+        if self._refused_files.get(library.identity) == reason:
+            return
+        if len(self._refused_files) >= MAX_REFUSED:
+            self._refused_files.pop(next(iter(self._refused_files)))
+        self._refused_files[library.identity] = reason
+        self.refused[reason] += 1
+        event(_log, "tls_refused", level=logging.WARNING, library=library.name, reason=reason, message=message)
+        if library.identity in self._watched:
+            self._release(library.identity)
 
     def _watch(self, library: Library, tgid: int) -> str:
         watched = self._watched.get(library.identity)
@@ -190,11 +211,7 @@ class TlsWatch:
             try:
                 links = self._attach(library)
             except SpanloomError as error:
-                self.refused["attach"] += 1
-                if len(self._refused_files) >= MAX_FILES:
-                    self._refused_files.clear()
-                self._refused_files[library.identity] = "attach"
-                event(_log, "tls_refused", level=logging.WARNING, library=library.name, message=str(error))
+                self._refuse(library, "attach", str(error))
                 return "attach"
             watched = self._watched[library.identity] = _Watched(library.name, links, _returns(library))
             self.attached += 1

@@ -110,6 +110,14 @@ static __always_inline struct tcp_sock *as_tcp(struct sock *sock)
 	return bpf_rdonly_cast(sock, bpf_core_type_id_kernel(struct tcp_sock));
 }
 
+/* The user's stack pointer in the system call that the current thread is in; 0 before 5.15 (commit dd6e10fbd9fb). */
+static __always_inline __u64 user_stack(void)
+{
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return 0;
+	return CALL_STACK((syscall_regs *)bpf_task_pt_regs((struct task_struct *)bpf_get_current_task_btf()));
+}
+
 #define FDTABLE_FIELD(table, field) (HAS_TASK_BTF ? (table)->field : BPF_CORE_READ(table, field))
 
 /* Keeps the compiler from merging or reordering what the verifier must see as one bounded register. */

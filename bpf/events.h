@@ -12,7 +12,7 @@ enum record_kind {
 	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
 	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
-	RECORD_TLS = 5,      /* a process moves TLS bytes on a connection that no TLS library was seen to use */
+	RECORD_TLS = 5,      /* how a process uses TLS is for user space to look at */
 };
 
 enum exchange_role {
@@ -141,9 +141,14 @@ struct record_segment {
 	__u8 remote_address[16];
 };
 
+enum tls_notice {
+	TLS_UNWATCHED = 1,   /* it moves TLS bytes on a connection that no TLS library was seen to use */
+	TLS_OTHER_STACK = 2, /* its main thread called a TLS library on another stack than its own: it switches stacks */
+};
+
 struct record_tls {
 	__u16 kind;
-	__u8 _pad[2];
+	__u16 notice; /* enum tls_notice */
 	__u32 tgid;
 	__u64 start_ns; /* CLOCK_BOOTTIME */
 };

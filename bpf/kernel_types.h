@@ -65,6 +65,7 @@ struct files_struct {
 };
 
 struct mm_struct {
+	unsigned long start_stack;
 	struct file *exe_file;
 };
 

@@ -123,7 +123,7 @@ struct process {
 	__u64 start_ns; /* CLOCK_BOOTTIME; 0 in the agent's own entry */
 	__u32 state;    /* enum process_state */
 	__u32 served;   /* 1 once the process began to serve an exchange */
-	__u32 tls_told; /* 1 once user space was told that the process uses TLS */
+	__u32 tls_told; /* bits of enum tls_notice that user space was told of */
 	__u32 _pad;
 };
 
@@ -304,6 +304,7 @@ union {
 	struct record_segment segment;
 	struct record_close close;
 	struct record_tls tls;
+	enum tls_notice notice;
 	enum record_kind kind;
 	enum exchange_role role;
 	enum exchange_end end;

@@ -20,21 +20,34 @@ enum tls_direction {
 	TLS_ENTERING = 1 << 1, /* a write that has not happened yet */
 };
 
-/* Tells user space of a process that uses TLS in a way that is not watched, once. */
-static __always_inline void announce_tls(__u32 tgid)
+/* Tells user space how a process uses TLS, once. */
+static __always_inline void announce_tls(__u32 tgid, __u16 notice)
 {
 	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
-	struct record_tls record = { .kind = RECORD_TLS, .tgid = tgid };
+	struct record_tls record = { .kind = RECORD_TLS, .notice = notice, .tgid = tgid };
 
 	if (!process)
 		process = announce_process(tgid);
-	if (!process || process->tls_told)
+	if (!process || (process->tls_told & notice))
 		return;
-	process->tls_told = 1;
+	process->tls_told |= notice;
 	record.start_ns = process->start_ns;
 	/* Woken at once: the handshake that is under way is all the time there is to attach to the library. */
 	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_FORCE_WAKEUP))
 		count(COUNTER_PROCESSES_LOST);
+}
+
+/* Programs that switch stacks may do so within a call, and then the return probes of the kernel, which expect calls to end
+ * in reverse order, crash them. The main thread's own stack is known, and nothing else is near it: mmap_base() in
+ * arch/x86/mm/mmap.c and mm/util.c leaves at least 128 MB.
+ */
+#define OWN_STACK_BYTES (64 << 20)
+
+static __always_inline bool is_other_stack(__u64 stack) /* of the main thread */
+{
+	__u64 start = BPF_CORE_READ((struct task_struct *)bpf_get_current_task(), mm, start_stack);
+
+	return stack && start - stack > OWN_STACK_BYTES; /* above its start it would be a very great number */
 }
 
 static __always_inline struct tls_thread *tls_thread_of(__u64 pid_tgid)
@@ -168,8 +181,12 @@ __noinline int on_tls_records(__u64 sock, __u64 egress)
 		forget(sock);
 		connection = 0;
 	}
-	if (!connection || !connection->tls_object)
-		announce_tls(pid_tgid >> 32);
+	if (!connection || !connection->tls_object) {
+		/* Before its library is watched is the best time to learn that it must not be. */
+		bool is_other = tid == pid_tgid >> 32 && is_other_stack(user_stack());
+
+		announce_tls(pid_tgid >> 32, is_other ? TLS_OTHER_STACK : TLS_UNWATCHED);
+	}
 	if (!tls_attached)
 		return 0;
 	thread = egress ? bpf_map_lookup_elem(&tls_threads, &tid) : tls_thread_of(pid_tgid);
@@ -295,6 +312,8 @@ __noinline int on_tls_enter(__u64 object, __u64 buffer, __u64 length, __u64 done
 		/* Node.js writes when it is called back from within a read that ends the handshake. */
 		thread->outer = thread->call;
 	} else {
+		if (((stack & 7) == TLS_HANDSHAKE || !thread->stack) && (__u32)pid_tgid == thread->tgid && is_other_stack(stack))
+			announce_tls(thread->tgid, TLS_OTHER_STACK);
 		thread->object = object;
 		thread->stack = stack;
 		thread->sock = 0;

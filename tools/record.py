@@ -37,6 +37,7 @@ DESCRIBED = (
     "exchange_role",
     "exchange_end",
     "exchange_flag",
+    "tls_notice",
     "counter",
 )
 SWEEP_SECONDS = 0.05

@@ -121,6 +121,7 @@ class WireLayout:
             raise LayoutMismatchError(f"struct record_tls has {tls}")
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
+        check_enum("tls_notice", parse_enum(describe("tls_notice")), "TLS_", model.TlsNotice)
         check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
         counters = parse_enum(describe("counter"))
         if list(counters.values()) != list(range(len(counters))):

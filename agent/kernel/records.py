@@ -76,8 +76,8 @@ class Decoder:
         return ConnectionClosed(*self._close.unpack_from(batch, offset))
 
     def _decode_tls(self, batch: bytes, offset: int) -> TlsSeen:
-        _, tgid, start_ns = self._tls.unpack_from(batch, offset)
-        return TlsSeen(tgid, start_ns)
+        _, notice, tgid, start_ns = self._tls.unpack_from(batch, offset)
+        return TlsSeen(notice, tgid, start_ns)
 
 
 def _text(raw: bytes) -> str:

@@ -460,6 +460,29 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert_pairs(tracing.exact_spans(10, port=port), 5)
 
 
+def test_a_program_that_switches_stacks_goes_on(agent, serve, public_path: Path, pem: Path):
+    """Probes on returns crash a program that leaves a call half-way for another stack. What such a program runs is not
+    watched any more as soon as it calls the library on a stack that is not its thread's own.
+    """
+    port = free_port()
+    tracing = agent([port])
+    serve(serving("nginx-1.3", port, public_path, pem), port)
+    wait_for_libraries(tracing)
+    environment = own_library(public_path / "library")
+    program = public_path / "tls_stacks"
+    libraries = [public_path / "library" / name for name in ("libssl.so.3", "libcrypto.so.3")]
+    subprocess.run(["cc", "-O1", "-o", program, APPS / "tls_stacks.c", *libraries], check=True, timeout=60)
+    for pause_seconds in (4, 0):
+        done = subprocess.run(
+            [program, str(port), str(pause_seconds), "20"], env=environment, capture_output=True, timeout=60, text=True
+        )
+        assert (done.returncode, done.stdout) == (0, "40 answered\n"), f"{done}{tracing.state()}"
+        assert tracing.metrics()["spanloom_tls_refused_total{reason=stacks}"] == 1, tracing.state()
+    named = [line for line in tracing.stderr().splitlines() if '"executable":"tls_stacks"' in line]
+    assert named, tracing.stderr()
+    assert '"reason":"stacks"' in named[0]
+
+
 def test_what_is_no_http_over_tls_is_left_alone(agent, start, public_path: Path, pem: Path):
     """Another protocol over TLS makes no span and no drop, on both ends."""
     port = free_port()

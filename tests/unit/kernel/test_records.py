@@ -79,8 +79,8 @@ def test_a_close_is_read():
 
 
 def test_a_process_that_uses_tls_is_read():
-    """Its number and when it started."""
-    assert decode(TLS.pack(5, 42, 2**63)) == [TlsSeen(42, 2**63)]
+    """How, its number and when it started."""
+    assert decode(TLS.pack(5, 2, 42, 2**63)) == [TlsSeen(2, 42, 2**63)]
 
 
 @pytest.mark.parametrize("kind", [0, 6, 255])

@@ -25,12 +25,13 @@ _STRUCTS = {
         "tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
     ),
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
-    "record_tls": "kind:2 _pad:2a tgid:4 start_ns:8",
+    "record_tls": "kind:2 notice:2 tgid:4 start_ns:8",
 }
 _ENUMS = {
     "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE TLS"),
     "exchange_role": ("ROLE_", 1, "SERVER CLIENT"),
     "exchange_end": ("END_", 1, "OPEN QUIET NEXT CLOSED RESET TIMED_OUT HANDED_OVER"),
+    "tls_notice": ("TLS_", 1, "UNWATCHED OTHER_STACK"),
     "segment_direction": ("DIRECTION_", 1, "REQUEST RESPONSE"),
     "counter": (
         "COUNTER_",
@@ -72,7 +73,7 @@ EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
 PROCESS = struct.Struct("<H2xIQQII16s64s")
 SEGMENT = struct.Struct("<HBBI5Q3IHH16s16s")
 CLOSE = struct.Struct("<HBBIQQQ")
-TLS = struct.Struct("<H2xIQ")
+TLS = struct.Struct("<HHIQ")
 
 
 def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | TlsSeen) -> bytes:
