@@ -78,6 +78,14 @@ class Library(msgspec.Struct, frozen=True):
         os.close(self.descriptor)
 
 
+class _Mapping(msgspec.Struct, frozen=True):
+    """``span`` is the address range as ``map_files`` names it."""
+
+    span: str
+    inode: int
+    path: str
+
+
 class Libraries:
     """Looks into processes. What a file defines is remembered for the last ``_KNOWN_FILES`` files."""
 
@@ -95,8 +103,8 @@ class Libraries:
         """The TLS libraries that a process has mapped as code; to be closed by the caller. None: it has ended."""
         found: dict[Identity, Library] = {}
         mapped = self._mapped(tgid)
-        for span, path in mapped or ():
-            library = self._look(f"{self._proc_root}/{tgid}/map_files/{span}", os.path.basename(path))
+        for mapping in mapped or ():
+            library = self._look(self._open_mapped(tgid, mapping), os.path.basename(mapping.path))
             if library is not None and found.setdefault(library.identity, library) is not library:
                 library.close()  # mapped twice
         return None if mapped is None else list(found.values())
@@ -107,15 +115,19 @@ class Libraries:
         That of a Go program is left alone, whatever it defines: its stacks move, and a return probe would write into
         what was copied elsewhere.
         """
-        return self._look(f"{self._proc_root}/{tgid}/exe", "", is_executable=True)
+        fd = _open(f"{self._proc_root}/{tgid}/exe")
+        try:
+            name = os.path.basename(os.readlink(f"{self._proc_root}/{tgid}/exe")).removesuffix(" (deleted)")
+        except OSError:
+            name = ""
+        return self._look(fd, name, is_executable=True)
 
     def switches_stacks(self, tgid: int) -> bool:
         """Whether the process may leave a call of a TLS library half-way: probes on returns could crash it."""
         if any(map(_STACK_SWITCHERS.search, self._map_lines(tgid) or ())):
             return True
-        try:
-            fd = os.open(f"{self._proc_root}/{tgid}/exe", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
+        fd = _open(f"{self._proc_root}/{tgid}/exe")
+        if fd is None:
             return False
         try:
             status = os.fstat(fd)
@@ -134,8 +146,10 @@ class Libraries:
 
     def maps(self, tgid: int, identity: Identity) -> bool:
         """Whether the process still runs that file."""
-        paths = [f"{self._proc_root}/{tgid}/map_files/{span}" for span, _ in self._mapped(tgid) or ()]
-        return any(self._identity(path) == identity for path in (*paths, f"{self._proc_root}/{tgid}/exe"))
+        if _identity(_open(f"{self._proc_root}/{tgid}/exe")) == identity:
+            return True
+        mapped = self._mapped(tgid) or ()
+        return any(_identity(self._open_mapped(tgid, mapping)) == identity for mapping in mapped)
 
     def _map_lines(self, tgid: int) -> list[bytes] | None:
         """The process's memory map. None: nothing is mapped, the process has ended."""
@@ -148,8 +162,8 @@ class Libraries:
             return None
         return bytes(data).splitlines() or None
 
-    def _mapped(self, tgid: int) -> list[tuple[str, str]] | None:
-        """Address range and path of each mapping of code whose name is that of a TLS library, or None."""
+    def _mapped(self, tgid: int) -> list[_Mapping] | None:
+        """The mappings of code whose name is that of a TLS library, or None."""
         lines = self._map_lines(tgid)
         if lines is None:
             return None
@@ -160,20 +174,25 @@ class Libraries:
                 if len(fields) == 6 and b"x" in fields[1]:
                     start, _, end = fields[0].partition(b"-")
                     span = f"{int(start, 16):x}-{int(end, 16):x}"
-                    found.append((span, fields[5].removesuffix(b" (deleted)").decode("utf-8", "replace")))
+                    path = fields[5].removesuffix(b" (deleted)").decode("utf-8", "surrogateescape")
+                    found.append(_Mapping(span, int(fields[4]), path))
         return found
 
-    def _identity(self, path: str) -> Identity | None:
-        try:
-            status = os.stat(path)
-        except OSError:
-            return None
-        return status.st_dev, status.st_ino
+    def _open_mapped(self, tgid: int, mapping: _Mapping) -> int | None:
+        """What is mapped, whatever has its name now. Without CAP_CHECKPOINT_RESTORE or CAP_SYS_ADMIN (proc(5)) it is
+        looked for by its name, in the root of the process, and must be the inode that the memory map tells.
+        """
+        fd = _open(f"{self._proc_root}/{tgid}/map_files/{mapping.span}")
+        if fd is None:
+            fd = _open(f"{self._proc_root}/{tgid}/root{mapping.path}")
+            if fd is not None and os.fstat(fd).st_ino != mapping.inode:
+                os.close(fd)
+                fd = None
+        return fd
 
-    def _look(self, path: str, name: str, *, is_executable: bool = False) -> Library | None:
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-        except OSError:
+    def _look(self, fd: int | None, name: str, *, is_executable: bool = False) -> Library | None:
+        """What the file is, which is closed unless it is returned."""
+        if fd is None:
             return None
         library = None
         try:
@@ -188,7 +207,6 @@ class Libraries:
                     self._known.popitem(last=False)
                 self._known[known_as] = functions
             if functions:
-                name = name or os.path.basename(os.readlink(path)).removesuffix(" (deleted)")
                 library = Library(identity, fd, name, functions)
         except OSError:
             pass  # it is gone
@@ -212,6 +230,24 @@ class Libraries:
                     if name in offsets:  # two names of one function are one function
                         functions.setdefault(offsets[name], Function(program, offsets[name]))
         return tuple(functions.values())
+
+
+def _open(path: str) -> int | None:
+    try:
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except OSError:
+        return None
+
+
+def _identity(fd: int | None) -> Identity | None:
+    """Of an open file, which is closed."""
+    if fd is None:
+        return None
+    try:
+        status = os.fstat(fd)
+        return status.st_dev, status.st_ino
+    finally:
+        os.close(fd)
 
 
 def why_unseen(info: ProcessInfo) -> str:
