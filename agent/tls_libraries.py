@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.elf import function_offsets
+from agent.elf import ReadAt, function_offsets
 from agent.process import ProcessInfo, language_of_elf
 
 _MAPS_BYTES = 1024 * 1024
@@ -40,8 +40,11 @@ FAMILIES: tuple[dict[str, str], ...] = (
     },
 )
 """The functions of OpenSSL and its like, and of GnuTLS, and the program that is for each."""
+_INNER = (("SSL_read", "SSL_read_ex", "on_tls_read_ex"), ("SSL_write", "SSL_write_ex", "on_tls_write_ex"))
+_PROLOGUE_BYTES = 64
+_X86_64 = b"\x3e\0"  # EM_X86_64
 _NEEDED = ({"SSL_read", "SSL_write"}, {"gnutls_record_recv", "gnutls_record_send"})
-_NAMES = [name for family in FAMILIES for name in family]
+_NAMES = [*(name for family in FAMILIES for name in family), "SSL_write_ex2"]
 
 _STACK_SWITCHERS = re.compile(
     rb"/lib(?:boost_(?:context|coroutine|fiber)|brpc|bthread|co|colib|photon)(?:-mt)?[-.\d]*\.so"
@@ -229,6 +232,13 @@ class Libraries:
                 for name, program in family.items():
                     if name in offsets:  # two names of one function are one function
                         functions.setdefault(offsets[name], Function(program, offsets[name]))
+        for plain, extended, program in _INNER if "SSL_write_ex2" not in offsets else _INNER[:1]:
+            if plain in offsets and extended in offsets:
+                inner = inner_function(read_at, offsets[plain], offsets[extended])
+                if inner is not None:
+                    functions.pop(offsets[plain], None)
+                    functions.pop(offsets[extended], None)
+                    functions[inner] = Function(program, inner)
         return tuple(functions.values())
 
 
@@ -248,6 +258,37 @@ def _identity(fd: int | None) -> Identity | None:
         return status.st_dev, status.st_ino
     finally:
         os.close(fd)
+
+
+def inner_function(read_at: ReadAt, plain: int, extended: int) -> int | None:
+    """Where the function lies that both of two functions of x86-64 call, by their offsets; None when there is no need.
+
+    The kernel steps over most first instructions with a single-step exception, which costs 1 µs, or 25 µs on a virtual
+    machine whose hypervisor intercepts it. It emulates a push (since Linux 4.20). Where ``SSL_read`` does not begin
+    with one, the function that OpenSSL 1.1.1 and 3 call from it and from ``SSL_read_ex`` (ssl_lib.c, ssl_read_internal)
+    often does; it takes what ``SSL_read_ex`` takes. Nothing is taken for a function that is not called from both, does
+    not lie where functions are aligned, or begins otherwise.
+    """
+    if read_at(18, 2) != _X86_64 or _begins_with_push(read_at(plain, 2)):
+        return None
+    shared = _callees(read_at, plain) & _callees(read_at, extended)
+    inner = [one for one in shared if one % 16 == 0 and _begins_with_push(read_at(one, 2))]
+    return inner[0] if len(inner) == 1 else None
+
+
+def _begins_with_push(code: bytes) -> bool:
+    """Of a 64-bit register (Intel 64 Architectures Software Developer's Manual, volume 2, PUSH)."""
+    return len(code) == 2 and (0x50 <= code[0] <= 0x57 or (code[0] == 0x41 and 0x50 <= code[1] <= 0x57))
+
+
+def _callees(read_at: ReadAt, function: int) -> set[int]:
+    """What its first instructions may call: CALL rel32, wherever the byte stands."""
+    code = read_at(function, _PROLOGUE_BYTES)
+    found = set()
+    for at in range(len(code) - 4):
+        if code[at] == 0xE8:
+            found.add(function + at + 5 + int.from_bytes(code[at + 1 : at + 5], "little", signed=True))
+    return {one for one in found if one > 0}
 
 
 def why_unseen(info: ProcessInfo) -> str:

@@ -471,7 +471,7 @@ __noinline int on_tls_leave(__u64 result)
 	if (!capturing)
 		return 0;
 	if (done) {
-		if (moved == 1 && bpf_probe_read_user(&bytes, sizeof(bytes), (void *)done))
+		if (moved > 0 && bpf_probe_read_user(&bytes, sizeof(bytes), (void *)done))
 			count(COUNTER_READ_FAULT);
 		moved = bytes;
 	}
