@@ -53,6 +53,8 @@ _STACK_SWITCHERS = re.compile(
 _STACK_SWITCHING = ("__crystal_main", "bthread_start_background", "co_resume", "_D4vibe4core4core12runEventLoopFZi")
 """Functions that tell the same of an executable: Crystal's runtime, brpc, libco, vibe.d."""
 
+_STAYS_ON_ITS_STACK = re.compile(r"nginx|apache2|httpd|haproxy|node|curl|wget|(?:python|pypy)[\d.]*")
+
 Identity = tuple[object, ...]
 
 
@@ -101,6 +103,17 @@ class Libraries:
         """The processes there are now."""
         with os.scandir(self._proc_root) as entries:
             yield from (int(entry.name) for entry in entries if entry.name.isdecimal())
+
+    def stays_on_its_stack(self, tgid: int) -> bool:
+        """Whether a process runs a program that is known to come back from each call before it makes another one.
+
+        Of any other its first TLS bytes have to show that. The programs are those that most connections belong to.
+        """
+        try:
+            path = os.readlink(f"{self._proc_root}/{tgid}/exe")
+        except OSError:
+            return False
+        return _STAYS_ON_ITS_STACK.fullmatch(os.path.basename(path).removesuffix(" (deleted)")) is not None
 
     def shared(self, tgid: int) -> list[Library] | None:
         """The TLS libraries that a process has mapped as code; to be closed by the caller. None: it has ended."""

@@ -90,7 +90,10 @@ class TlsWatch:
         return len(self._watched)
 
     def start(self) -> None:
-        """Watch what the processes that run now use, then go on with those that are told of."""
+        """Watch what well-known programs that run now use, then go on with what is told of.
+
+        Of other programs it is not known whether they switch stacks, until the kernel tells of their first TLS bytes.
+        """
         if self._thread is not None:
             return
         try:
@@ -102,7 +105,7 @@ class TlsWatch:
             return
         self._probes.announce_tls(True)
         for tgid in self._libraries.processes():
-            if tgid != self._own_tgid:
+            if tgid != self._own_tgid and self._libraries.stays_on_its_stack(tgid):
                 for library in self._libraries.shared(tgid) or ():
                     self._use(library, tgid)
         self._thread = threading.Thread(target=self._run, name="tls", daemon=True)

@@ -63,6 +63,7 @@ class Libraries:
     def __init__(self) -> None:
         self.files: dict[int, list[int]] = {}
         self.switching: set[int] = set()
+        self.unknown: set[int] = set()
 
     def processes(self) -> Iterator[int]:
         return iter(list(self.files))
@@ -77,6 +78,9 @@ class Libraries:
 
     def executable(self, tgid: int) -> Library | None:
         return None
+
+    def stays_on_its_stack(self, tgid: int) -> bool:
+        return tgid not in self.unknown
 
     def switches_stacks(self, tgid: int) -> bool:
         return tgid in self.switching
@@ -133,6 +137,16 @@ def test_a_file_is_watched_once_however_many_run_it(bench: Bench):
     wait_until(lambda: bench.watch.files == 2)
     assert bench.watch.attached == 2
     assert len(bench.probes.links) == 2 * (3 + 2)
+
+
+def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(bench: Bench):
+    """It may be one that switches stacks: the kernel tells with them."""
+    bench.libraries.files = {10: [5], 11: [6]}
+    bench.libraries.unknown = {11}
+    bench.watch.start()
+    assert bench.watch.files == 1
+    bench.tell(11)
+    wait_until(lambda: bench.watch.files == 2)
 
 
 def test_returns_come_first_and_go_last(bench: Bench):
