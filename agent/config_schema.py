@@ -137,6 +137,18 @@ class Capture(Section, frozen=True):
             "`http2` includes gRPC; without it the kernel does not follow HTTP/2 at all."
         ),
     ] = ("http1", "http2")
+    tls: Annotated[
+        bool,
+        _help(
+            "Whether HTTPS is traced: what processes give to OpenSSL, BoringSSL, LibreSSL and GnuTLS, or get from "
+            "them, is read where they call the library. Processes that use TLS in another way are named in the log."
+        ),
+    ] = True
+    tls_idle_seconds: Annotated[
+        float,
+        Meta(ge=0, le=86400),
+        _help("How long the probes stay on a TLS library that no process runs any more."),
+    ] = 300.0
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),

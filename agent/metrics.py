@@ -89,6 +89,18 @@ _PIPELINE = (
     Metric("spanloom_processes_vanished_total", "Processes that were gone before they could be looked up.", "counter"),
     Metric("spanloom_processes_evicted_total", "Processes that were forgotten to make room for others.", "counter"),
 )
+_TLS = (
+    Metric("spanloom_tls_files", "Libraries and executables whose TLS functions are watched.", "gauge"),
+    Metric("spanloom_tls_attached_total", "Times that the probes were put on such a file.", "counter"),
+    Metric("spanloom_tls_detached_total", "Times that they were taken back: nobody ran the file.", "counter"),
+    Metric("spanloom_tls_refused_total", "Files that could not be watched, by reason.", "counter", ("reason",)),
+    Metric(
+        "spanloom_tls_unseen_processes_total",
+        "Processes that use TLS in a way that is not seen, by reason.",
+        "counter",
+        ("reason",),
+    ),
+)
 _EXPORT = (
     Metric("spanloom_export_spans_total", "Spans by what became of them at the collector.", "counter", ("outcome",)),
     Metric("spanloom_export_dropped_total", "Spans that could not be delivered, by reason.", "counter", ("reason",)),
@@ -123,7 +135,7 @@ _CONFIG = (
 )
 _BUILD = (Metric("spanloom_build_info", "1, with the version as a label.", "gauge", ("version",)),)
 
-ALL = (*_BOOKS, *_KERNEL, *_STITCHING, *_PIPELINE, *_EXPORT, *_KUBE, *_CONFIG, *_BUILD, SOURCE_ERRORS)
+ALL = (*_BOOKS, *_KERNEL, *_STITCHING, *_PIPELINE, *_TLS, *_EXPORT, *_KUBE, *_CONFIG, *_BUILD, SOURCE_ERRORS)
 
 
 def metric_sources(agent: Agent) -> list[Source]:
@@ -187,6 +199,15 @@ def metric_sources(agent: Agent) -> list[Source]:
             "spanloom_processes_evicted_total": agent.processes.evicted,
         }
 
+    def tls() -> dict[str, Any]:
+        return {
+            "spanloom_tls_files": agent.tls.files,
+            "spanloom_tls_attached_total": agent.tls.attached,
+            "spanloom_tls_detached_total": agent.tls.detached,
+            "spanloom_tls_refused_total": dict(agent.tls.refused),
+            "spanloom_tls_unseen_processes_total": dict(agent.tls.unseen),
+        }
+
     def kube() -> dict[str, Any]:
         if agent.cluster is None:
             return {}
@@ -226,6 +247,7 @@ def metric_sources(agent: Agent) -> list[Source]:
         Source(_KERNEL, kernel),
         Source(_STITCHING, stitching),
         Source(_PIPELINE, pipeline),
+        Source(_TLS, tls),
         Source(_KUBE, kube),
         Source(_CONFIG, config),
         Source(_BUILD, lambda: {"spanloom_build_info": {__version__: 1}}),

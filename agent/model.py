@@ -60,6 +60,13 @@ class End(IntEnum):
     HANDED_OVER = 7
 
 
+class TlsNotice(IntEnum):
+    """What the kernel has seen. Numbers of ``enum tls_notice`` in bpf/events.h, where each is explained."""
+
+    UNWATCHED = 1
+    OTHER_STACK = 2
+
+
 class Flag(IntFlag):
     """Bits of ``enum exchange_flag`` in bpf/events.h."""
 
@@ -74,6 +81,7 @@ class Flag(IntFlag):
     REQUEST_GAP = 256
     FOREIGN = 512
     STREAM = 1024
+    TLS = 2048
 
 
 class Exchange(msgspec.Struct, frozen=True, gc=False):
@@ -136,6 +144,7 @@ class SegmentFlag(IntFlag):
 
     HTTP2 = 1
     AT_FRAME = 2
+    TLS = 4
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):
@@ -185,6 +194,14 @@ class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
     connection_id: int
     exchange_id: int
     time_ns: int
+
+
+class TlsSeen(msgspec.Struct, frozen=True, gc=False):
+    """How a process uses TLS is to be looked at (``struct record_tls``); ``notice`` is a number of ``TlsNotice``."""
+
+    notice: int
+    tgid: int
+    start_ns: int
 
 
 class TraceContext(msgspec.Struct, frozen=True, gc=False):

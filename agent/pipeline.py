@@ -18,7 +18,20 @@ import msgspec
 from agent.errors import ProtocolError
 from agent.hold import Hold
 from agent.kernel.records import Decoder
-from agent.model import Call, ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, SegmentFlag, Span
+from agent.model import (
+    Call,
+    ConnectionClosed,
+    End,
+    Exchange,
+    Flag,
+    PeerFound,
+    ProcessSeen,
+    Segment,
+    SegmentFlag,
+    Span,
+    TlsNotice,
+    TlsSeen,
+)
 from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.protocols.http2 import Http2
@@ -136,6 +149,7 @@ class Pipeline:
         hold: Hold | None = None,
         on_process: Callable[[ProcessInfo], None] = lambda info: None,
         protocols_of: Callable[[ProcessInfo], Sequence[ExchangeProtocol] | None] = lambda info: None,
+        on_tls: Callable[[ProcessInfo, int], None] = lambda info, notice: None,
         max_pending: int = 32768,
         max_processes: int = 16384,
         exchange_timeout_ns: int = 600_000_000_000,
@@ -159,6 +173,7 @@ class Pipeline:
         # Whoever has it sees the account, the sinks and what they hand on to as they are between two batches.
         self._hand_over_lock = threading.RLock()
         self._on_process = on_process
+        self._on_tls = on_tls
         self._max_pending = max_pending
         self._max_processes = max_processes
         self._exchange_timeout_ns = exchange_timeout_ns
@@ -204,6 +219,7 @@ class Pipeline:
             Segment: self._on_segment,
             ConnectionClosed: self._on_close,
             PeerFound: self._on_peer,
+            TlsSeen: self._on_tls_seen,
         }
 
     def run_once(self, now_ns: int, limit_bytes: int | None = None) -> int:
@@ -684,6 +700,11 @@ class Pipeline:
 
     def _on_process_seen(self, seen: ProcessSeen) -> None:
         self._decide(self._processes.observe(seen))
+
+    def _on_tls_seen(self, seen: TlsSeen) -> None:
+        info = self._processes.lookup(seen.tgid, seen.start_ns)
+        if self._selector.selects(info) or not info.is_placed or seen.notice == TlsNotice.OTHER_STACK:
+            self._on_tls(info, seen.notice)
 
     def reconsider(self, infos: Iterable[ProcessInfo]) -> None:
         """Decide again on processes of which something else is known now."""

@@ -39,6 +39,8 @@ from agent.protocols.http2 import Http2
 from agent.sampling import Sampler
 from agent.stitch import Stitcher
 from agent.telemetry import Telemetry, configure_logging, event
+from agent.tls_libraries import Libraries
+from agent.tls_watch import TlsWatch
 
 _log = logging.getLogger("spanloom.runtime")
 
@@ -137,6 +139,7 @@ class Agent:
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
         )
+        self.tls = TlsWatch(self.capture, Libraries(), os.getpid(), config.capture.tls_idle_seconds)
         self.hold = Hold(hold_ns=int(config.kubernetes.wait_seconds * 1e9))
         self.batcher: Batcher | None = None
         self.not_exported = NotExported()
@@ -152,6 +155,7 @@ class Agent:
             hold=self.hold,
             on_process=self._on_process,
             protocols_of=self._protocols_apart,
+            on_tls=self.tls.look_at,
             max_pending=config.limits.connections,
             ring_bytes=config.kernel.ring_buffer_bytes,
             max_processes=config.limits.processes * 2,
@@ -311,8 +315,13 @@ class Agent:
             self.capture.forget_decisions()
         if self.batcher is not None:
             self.batcher.forget_resources()
+        self.tls.idle_seconds = config.capture.tls_idle_seconds
         if self._attached and not config.capture.enabled:
             self._detach()
+        elif self._attached and config.capture.tls:
+            self.tls.start()
+        else:
+            self.tls.stop()
 
     def _apply_export(self, config: Config, destination: Destination | None) -> None:
         """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
@@ -337,10 +346,13 @@ class Agent:
     def _attach(self) -> None:
         self.capture.attach([os.getpid()])
         self._attached = True
+        if self.config.capture.tls:
+            self.tls.start()
         event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
 
     def _detach(self) -> None:
         """Take the probes away, with what they were seeing; what has ended is reported as ever."""
+        self.tls.stop()
         self.capture.detach()
         self._attached = False
         self.capture.hasten()
@@ -441,6 +453,7 @@ class Agent:
         try:
             if captured:
                 self._attached = False
+                self.tls.stop()
                 self.capture.detach()
                 self.capture.hasten()
                 now_ns = time.monotonic_ns()

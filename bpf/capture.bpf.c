@@ -1,7 +1,10 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
-/* Captures HTTP exchanges and follows sockets and tasks. User space loads one of the two backends. */
+/* Captures HTTP exchanges and follows sockets and tasks. User space loads one of the two backends, and attaches the
+ * programs of tls.bpf.h to the TLS libraries that it finds.
+ */
 #include "sockets.bpf.h"
 #include "syscalls.bpf.h"
+#include "tls.bpf.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
@@ -42,11 +45,7 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 		connection->lingers = 1;
 		return 0;
 	}
-	if (connection->mode == MODE_STREAM) {
-		finish_stream(connection, end, now);
-	} else if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE) {
-		finish(connection, end, now);
-	}
+	finish_connection(connection, end, now);
 	forget(key);
 	return 0;
 }
@@ -58,6 +57,8 @@ int BPF_PROG(on_process_exit, struct task_struct *task)
 	__u32 tid = task->pid, tgid = task->tgid;
 
 	bpf_map_delete_elem(&threads, &tid);
+	if (tls_enabled)
+		bpf_map_delete_elem(&tls_threads, &tid);
 	if (tid == tgid)
 		bpf_map_delete_elem(&processes, &tgid);
 	return 0;

@@ -38,6 +38,13 @@
 #define SYSCALL_ARG4(regs) ((regs)->r10)
 /* 0x23 is __USER32_CS: a 32-bit task, whose numbers and iovecs are others (arch/x86/include/asm/segment.h). */
 #define SYSCALL_IS_COMPAT(regs) ((regs)->cs == 0x23)
+/* The arguments of a function of user space, and what it returned: System V ABI, "Function Calling Sequence". */
+#define CALL_ARG1(regs) ((regs)->di)
+#define CALL_ARG2(regs) ((regs)->si)
+#define CALL_ARG3(regs) ((regs)->dx)
+#define CALL_ARG4(regs) ((regs)->cx)
+#define CALL_STACK(regs) ((regs)->sp)
+#define CALL_RESULT(regs) ((regs)->ax)
 
 #elif defined(__TARGET_ARCH_arm64)
 #define NR_epoll_pwait 22
@@ -67,6 +74,15 @@
 #define SYSCALL_ARG4(regs) ((regs)->regs[3])
 /* PSR_MODE32_BIT (arch/arm64/include/uapi/asm/ptrace.h): an AArch32 task. */
 #define SYSCALL_IS_COMPAT(regs) ((regs)->pstate & 0x10)
+/* The arguments of a function of user space, and what it returned: Procedure Call Standard for the Arm 64-bit
+ * Architecture, "Parameter passing".
+ */
+#define CALL_ARG1(regs) ((regs)->regs[0])
+#define CALL_ARG2(regs) ((regs)->regs[1])
+#define CALL_ARG3(regs) ((regs)->regs[2])
+#define CALL_ARG4(regs) ((regs)->regs[3])
+#define CALL_STACK(regs) ((regs)->sp)
+#define CALL_RESULT(regs) ((regs)->regs[0])
 
 #else
 #error "define __TARGET_ARCH_x86 or __TARGET_ARCH_arm64"
@@ -92,6 +108,14 @@ extern void *bpf_rdonly_cast(const void *object, __u32 btf_id) __ksym __weak;
 static __always_inline struct tcp_sock *as_tcp(struct sock *sock)
 {
 	return bpf_rdonly_cast(sock, bpf_core_type_id_kernel(struct tcp_sock));
+}
+
+/* The user's stack pointer in the system call that the current thread is in; 0 before 5.15 (commit dd6e10fbd9fb). */
+static __always_inline __u64 user_stack(void)
+{
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs))
+		return 0;
+	return CALL_STACK((syscall_regs *)bpf_task_pt_regs((struct task_struct *)bpf_get_current_task_btf()));
 }
 
 #define FDTABLE_FIELD(table, field) (HAS_TASK_BTF ? (table)->field : BPF_CORE_READ(table, field))

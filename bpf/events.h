@@ -12,7 +12,8 @@ enum record_kind {
 	RECORD_PROCESS = 2,  /* a process that user space has not decided on made its first exchange */
 	RECORD_SEGMENT = 3,  /* one direction's bytes of a connection in stream mode */
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
-	RECORD_PEER = 5,    /* where the other end of an HTTP/2 connection is on this node */
+	RECORD_PEER = 5,     /* where the other end of an HTTP/2 connection is on this node */
+	RECORD_TLS = 6,      /* how a process uses TLS is for user space to look at */
 };
 
 enum exchange_role {
@@ -43,6 +44,7 @@ enum exchange_flag {
 	FLAG_REQUEST_GAP = 1 << 8,        /* request bytes are missing between the captured ones and what follows */
 	FLAG_FOREIGN = 1 << 9,            /* bytes came that begin no response: the rest of the one before, or no HTTP */
 	FLAG_STREAM = 1 << 10,            /* of a close: the connection was in stream mode */
+	FLAG_TLS = 1 << 11,               /* the bytes are those that the process gave to its TLS library, or got from it */
 };
 
 enum segment_direction {
@@ -53,6 +55,7 @@ enum segment_direction {
 enum segment_flag {
 	SEGMENT_HTTP2 = 1 << 0,    /* of an HTTP/2 connection, whose frames the kernel follows */
 	SEGMENT_AT_FRAME = 1 << 1, /* a frame begins where the segment begins */
+	SEGMENT_TLS = 1 << 2,      /* pipelined requests of HTTP/1 that a TLS library was given, or gave */
 };
 
 /* Indices of the counters map. begun = emitted + dropped_* + cancelled + streamed + in flight. */
@@ -81,6 +84,10 @@ enum counter {
 	COUNTER_READ_FAULT,         /* user memory that could not be read */
 	COUNTER_PEERS_LOST,         /* peer records lost because the ring buffer was full */
 	COUNTER_FRAMES_LOST,        /* times that the place among the frames of an HTTP/2 connection was lost */
+	COUNTER_TLS_TIED,           /* TLS objects whose socket was found */
+	COUNTER_TLS_UNTIED,         /* calls that moved plaintext of a TLS object whose socket was not known */
+	COUNTER_TLS_CONTRADICTED,   /* TLS objects whose socket turned out to be another one, or several */
+	COUNTER_TLS_FULL,           /* TLS objects, or threads that call a TLS library, that could not be remembered */
 	COUNTERS,
 };
 
@@ -159,6 +166,18 @@ struct record_peer {
 	__u8 _pad[6];
 	__u64 connection_id;      /* the server's */
 	__u64 peer_connection_id; /* the client's */
+};
+
+enum tls_notice {
+	TLS_UNWATCHED = 1,   /* it moves TLS bytes on a connection that no TLS library was seen to use */
+	TLS_OTHER_STACK = 2, /* its main thread called a TLS library on another stack than its own: it switches stacks */
+};
+
+struct record_tls {
+	__u16 kind;
+	__u16 notice; /* enum tls_notice */
+	__u32 tgid;
+	__u64 start_ns; /* CLOCK_BOOTTIME */
 };
 
 struct record_close {

@@ -376,6 +376,15 @@ static __always_inline void finish_stream(struct connection *connection, __u8 en
 		count(COUNTER_STREAMS_UNTOLD);
 }
 
+/* The connection ended: closes the books of what is under way on it. */
+static __always_inline void finish_connection(struct connection *connection, __u8 end, __u64 now)
+{
+	if (connection->mode == MODE_STREAM)
+		finish_stream(connection, end, now);
+	else if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE)
+		finish(connection, end, now);
+}
+
 /* Gives up an exchange that was never reported as a span: counted, and nothing is sent, unless user space knows of it. */
 static __always_inline void abandon(struct connection *connection, __u32 counter, __u64 now)
 {
@@ -662,7 +671,7 @@ static __always_inline void begin(struct connection *connection, struct process 
 	count(COUNTER_BEGUN);
 	if (!process)
 		process = announce_process(tgid);
-	exchange->flags = 0;
+	exchange->flags = connection->tls ? FLAG_TLS : 0;
 	exchange->process_start_ns = 0;
 	if (process) {
 		exchange->process_start_ns = process->start_ns;
@@ -1171,6 +1180,37 @@ static __always_inline void forget_endpoint(const struct endpoint *endpoint, __u
 		bpf_map_delete_elem(&endpoints, endpoint);
 }
 
+/* The object's bytes are not the connection's any more. */
+static __always_inline void untie(struct connection *connection)
+{
+	struct tls_key key = { .object = connection->tls_object, .tgid = connection->tls_tgid };
+
+	if (!key.object)
+		return;
+	bpf_map_delete_elem(&tls_objects, &key);
+	connection->tls_object = 0;
+}
+
+/* A client's connection: where its server will look for it. */
+static __always_inline void remember_endpoint(struct connection *connection)
+{
+	struct endpoint endpoint;
+	__u64 key = connection->sock;
+
+	endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
+		    connection->exchange.netns, connection->exchange.remote_port);
+	if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+		count(COUNTER_ENDPOINT_FULL);
+	endpoint.server_port = 0;
+	if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
+		count(COUNTER_ENDPOINT_FULL);
+}
+
+/* tls.bpf.h: TLS records went through a socket, or are about to. */
+__noinline int on_tls_records(__u64 sock, __u64 egress);
+/* tls.bpf.h: a thread waits for events. */
+__noinline int on_tls_wait(__u64 tid);
+
 /* Ends the tracking of a connection. */
 static __always_inline void forget(__u64 key)
 {
@@ -1188,6 +1228,7 @@ static __always_inline void forget(__u64 key)
 		endpoint.server_port = 0;
 		forget_endpoint(&endpoint, key);
 	}
+	untie(connection);
 	untrack(key, streams);
 }
 
@@ -1223,7 +1264,6 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 						bool egress)
 {
 	struct connection *connection;
-	struct endpoint endpoint;
 	__u64 key = (__u64)sock;
 	int looks, joined = 0;
 	bool is_client;
@@ -1234,6 +1274,13 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 					  transfer->iov ? transfer->iov_count : 0, transfer->length);
 	if (!(looks & LOOKS_REQUEST) && !joined) {
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
+		if ((looks & LOOKS_TLS) && tls_enabled && (!socket || is_tcp(socket, sock))) {
+			__u64 number = 0;
+
+			/* A global function takes numbers only: read back, the trusted pointer is one. */
+			if (!bpf_probe_read_kernel(&number, sizeof(number), &key))
+				on_tls_records(number, egress);
+		}
 		return 0;
 	}
 	is_client = egress == (joined != DIRECTION_RESPONSE);
@@ -1263,15 +1310,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 	read_identity(sock, &connection->exchange);
 	if (passes_over(connection))
 		return 0;
-	if (is_client) {
-		endpoint_of(&endpoint, connection->exchange.local_address, connection->exchange.local_port,
-			    connection->exchange.netns, connection->exchange.remote_port);
-		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
-			count(COUNTER_ENDPOINT_FULL);
-		endpoint.server_port = 0;
-		if (bpf_map_update_elem(&endpoints, &endpoint, &key, BPF_ANY))
-			count(COUNTER_ENDPOINT_FULL);
-	}
+	if (is_client)
+		remember_endpoint(connection);
 	if (joined)
 		join_frames(connection->sock, joined); /* a scalar to the verifier */
 	return connection;
@@ -1297,12 +1337,13 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	__u64 key = (__u64)sock, now;
 	bool response;
 
+	if (connection && connection->tls) {
+		on_tls_records(connection->sock, egress);
+		return;
+	}
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
-		if (connection->mode == MODE_STREAM)
-			finish_stream(connection, END_CLOSED, bpf_ktime_get_ns());
-		else if (connection->state != STATE_IDLE)
-			finish(connection, END_CLOSED, bpf_ktime_get_ns());
+		finish_connection(connection, END_CLOSED, bpf_ktime_get_ns());
 		forget(key);
 		connection = 0;
 	}

@@ -15,11 +15,12 @@
 
 /* The suffix after ___ is dropped when CO-RE looks the type up: one flavour per architecture. */
 struct pt_regs___x86 {
-	unsigned long di, si, dx, r10, r8, r9, orig_ax, cs;
+	unsigned long di, si, dx, cx, r10, r8, r9, ax, orig_ax, cs, sp;
 };
 
 struct pt_regs___arm64_frame { /* libbpf 1.5 has a pt_regs___arm64 of its own */
 	__u64 regs[31];
+	__u64 sp;
 	__u64 orig_x0;
 	__s32 syscallno;
 	__u64 pstate;
@@ -64,6 +65,7 @@ struct files_struct {
 };
 
 struct mm_struct {
+	unsigned long start_stack;
 	struct file *exe_file;
 };
 

@@ -69,12 +69,15 @@ struct connection {
 	__u64 cursor_index;
 	__u64 cursor_offset;
 	__u64 cursor_limit;
+	__u64 tls_object; /* key of the entry in tls_objects that leads here, with tls_tgid; 0 when none does */
+	__u32 tls_tgid;
 	__u32 undo_data_length;
 	__u32 write_tid;
 	__u32 ports_generation; /* of the selection of ports that the connection was judged by */
 	__u32 write_seq;    /* socket backend: TCP's number of the first byte of the write handled last */
 	__u32 received_seq; /* socket backend: TCP's number of the next byte to be read, as far as reads were seen */
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
+	__u32 _pad1;
 	__u8 undo_state;
 	__u8 write_is_response;
 	__u8 state;
@@ -88,7 +91,8 @@ struct connection {
 	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
 	__u8 follows; /* the exchange began behind another response, which may go on */
 	__u8 http2; /* in stream mode: of HTTP/2 */
-	__u8 _pad[3];
+	__u8 tls; /* what the socket carries are TLS records; the exchange is made of what the TLS library is given */
+	__u8 _pad[2];
 	struct frame_walk walks[2]; /* of HTTP/2: the requests' direction, the responses' */
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];
@@ -136,6 +140,8 @@ struct process {
 	__u64 start_ns; /* CLOCK_BOOTTIME; 0 in the agent's own entry */
 	__u32 state;    /* enum process_state */
 	__u32 served;   /* 1 once the process began to serve an exchange */
+	__u32 tls_told; /* bits of enum tls_notice that user space was told of */
+	__u32 _pad;
 };
 
 /* Key: tgid. Inserted by the process's first exchange (unknown), and changed by user space (traced, ignored), which
@@ -165,6 +171,87 @@ struct {
 	__type(key, __u32);
 	__type(value, struct thread);
 } threads SEC(".maps");
+
+struct tls_key {
+	__u64 object; /* address of the library's object for one connection: SSL, gnutls_session_t */
+	__u32 tgid;
+	__u32 _pad;
+};
+
+struct tls_object {
+	__u64 sock;          /* key of its connection */
+	__u64 connection_id; /* guards against a recycled sock */
+	__u64 is_memory;     /* 1: the socket's bytes are moved outside of the library's calls */
+};
+
+/* Key: a TLS library's object that was called before its thread sent TLS bytes outside of calls. Value: key of the
+ * socket they went to. When it is the one whose bytes are received before the object's next call, the two are tied.
+ * Full: the oldest one goes, and its object is tied later.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 4096);
+	__type(key, struct tls_key);
+	__type(value, __u64);
+} tls_candidates SEC(".maps");
+
+/* Key: a TLS library's object in a process. Inserted when its socket is found, together with the socket's connection;
+ * at most one for each connection, deleted with it, when the library frees the object, and when it contradicts. Full:
+ * the object's bytes are not seen, counted as tls_full.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 32768);
+	__type(key, struct tls_key);
+	__type(value, struct tls_object);
+} tls_objects SEC(".maps");
+
+enum tls_operation {
+	TLS_READ = 1,
+	TLS_WRITE = 2,
+	TLS_HANDSHAKE = 3,
+};
+
+/* A call of a TLS library that a thread is in. */
+struct tls_call {
+	__u64 buffer;
+	__u64 length;
+	__u64 done; /* where the number of bytes goes that are moved, 0 when it is returned */
+	__u64 entered_sock; /* connection that took the bytes of a write at its entry, 0 when none did */
+	__u8 operation; /* enum tls_operation */
+	__u8 depth;     /* calls of the same kind within the call, which are the library's own; 0: there is no call */
+	__u8 _pad[6];
+};
+
+#define TLS_SEVERAL 1 /* in place of an object: more than one */
+
+struct tls_thread {
+	__u64 object; /* of the call under way, 0 outside of calls */
+	__u64 stack;  /* stack pointer at its entry: a call that begins above it proves that this one was left */
+	__u64 sock;   /* socket that moved TLS bytes within the call, 0 when none did yet */
+	/* For objects whose socket is read and written outside of calls. */
+	__u64 received_sock; /* socket of the last TLS bytes moved outside of calls, when they were received; else 0 */
+	__u64 called_object; /* the object that was called since then, 0 when none was, or TLS_SEVERAL */
+	__u64 assumed_sock; /* called_object is assumed to be tied to it until what is sent next proves it, or not; or 0 */
+	struct tls_call call;
+	struct tls_call outer; /* the call in which `call` was made by the program, which the library had called back */
+	__u32 tgid;
+	__u8 conflict;  /* several sockets, or several objects, within one call */
+	__u8 follows;   /* the call is the first one since bytes were received */
+	__u8 _pad[2];
+};
+
+/* Key: tid. Inserted by the thread's first call of a TLS library, or the first TLS bytes that it receives while one is
+ * watched; deleted at thread exit. Full: the thread's TLS is not seen, counted as tls_full.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_HASH);
+	__uint(map_flags, BPF_F_NO_PREALLOC);
+	__uint(max_entries, 65536);
+	__type(key, __u32);
+	__type(value, struct tls_thread);
+} tls_threads SEC(".maps");
 
 /* Key: server port, host byte order. Value: 1 selected, 0 not. Written by user space before attaching. Cannot fill. */
 struct {
@@ -265,6 +352,8 @@ union {
 	struct record_segment segment;
 	struct record_close close;
 	struct record_peer peer;
+	struct record_tls tls;
+	enum tls_notice notice;
 	enum record_kind kind;
 	enum exchange_role role;
 	enum exchange_end end;
@@ -285,6 +374,8 @@ __u64 ports_filtered; /* 1: look ports up in the map of that name */
 __u64 ports_generation; /* counts the changes of the selection of ports */
 __u64 ports_default = 1; /* whether a port that is not in the map is selected */
 __u64 http2_enabled = 1; /* 0: HTTP/2 is neither recognised nor followed */
+__u64 tls_enabled; /* 1: user space wants to know of processes that use TLS */
+__u64 tls_attached; /* libraries and executables whose calls are watched */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
 __u64 stream_connections; /* of them, those in stream mode: 0 lets exits of write calls return at once */

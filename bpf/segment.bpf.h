@@ -44,7 +44,7 @@ static __always_inline struct segment_scratch *fill_segment(struct connection *c
 	scratch->record.role = exchange->role;
 	scratch->record.direction = direction;
 	scratch->record.captured = 0;
-	scratch->record.flags = 0;
+	scratch->record.flags = connection->tls ? SEGMENT_TLS : 0;
 	scratch->record.connection_id = exchange->connection_id;
 	scratch->record.process_start_ns = exchange->process_start_ns;
 	scratch->record.time_ns = now;

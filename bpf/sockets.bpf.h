@@ -166,6 +166,8 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 	if (!moved || !capturing || !is_internet_tcp(sock))
 		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
+	if (connection && connection->tls)
+		return 0;
 	if (connection && connection->mode == MODE_EXCHANGE) {
 		if (connection->write_tid == (__u32)pid_tgid &&
 		    as_tcp(sock)->write_seq == connection->write_seq + (moved > 0 ? moved : 0))

@@ -157,7 +157,7 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 		return;
 	key = (__u64)sock;
 	connection = bpf_map_lookup_elem(&connections, &key);
-	if (!connection || connection->mode == MODE_IGNORED)
+	if (!connection || connection->mode == MODE_IGNORED || connection->tls)
 		return;
 	if (connection->mode == MODE_EXCHANGE) {
 		settle_write(connection, moved, pid_tgid);

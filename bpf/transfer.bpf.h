@@ -52,7 +52,7 @@ static __always_inline void on_bodiless_bytes(struct connection *connection, __u
 	struct record_exchange *exchange = &connection->exchange;
 	__u64 now = bpf_ktime_get_ns();
 
-	if (connection->mode == MODE_IGNORED)
+	if (connection->mode == MODE_IGNORED || connection->tls)
 		return;
 	if (connection->mode == MODE_STREAM) {
 		bool response = egress == (exchange->role == ROLE_SERVER);
@@ -86,6 +86,8 @@ static __always_inline void on_event_wait(__u64 pid_tgid)
 
 	if (thread && !thread->multiplexes && is_unanswered(thread))
 		thread->multiplexes = 1;
+	if (tls_attached)
+		on_tls_wait(tid);
 }
 
 #endif

@@ -33,11 +33,13 @@ DESCRIBED = (
     "record_segment",
     "record_close",
     "record_peer",
+    "record_tls",
     "record_kind",
     "exchange_role",
     "exchange_end",
     "exchange_flag",
     "segment_flag",
+    "tls_notice",
     "counter",
 )
 SWEEP_SECONDS = 0.05

@@ -60,6 +60,9 @@ struct program_statistics {
 };
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
 struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
+struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, const char *path, size_t offset,
+                                           bool is_return);
+int spanloom_canary_under_filter(void);
 long spanloom_btf_types(const char *path);
 int spanloom_missing_types(const char *const *names, int count);
 long spanloom_jited_bytes(int program_fd);
@@ -77,13 +80,18 @@ ffibuilder.set_source(
 #include <bpf/btf.h>
 #include <bpf/libbpf.h>
 #include <errno.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <malloc.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/epoll.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 /* What libbpf said since the last reset; kept for the error message, never printed by itself. Bounded: the end of the
@@ -318,6 +326,53 @@ static struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, cons
     LIBBPF_OPTS(bpf_uprobe_opts, options, .func_name = symbol);
 
     return bpf_program__attach_uprobe_opts(program, 0, path, 0, &options);
+}
+
+/* Attaches to every process's calls of the function at an offset of a file. */
+static struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, const char *path, size_t offset,
+                                                  bool is_return)
+{
+    LIBBPF_OPTS(bpf_uprobe_opts, options, .retprobe = is_return);
+
+    return bpf_program__attach_uprobe_opts(program, -1, path, offset, &options);
+}
+
+/* A function to put probes on, in a process that has nothing to lose. */
+__attribute__((noinline, visibility("default"))) int spanloom_canary(int number)
+{
+    __asm__ volatile("" : "+r"(number));
+    return number + 1;
+}
+
+/* Calls it in a child whose seccomp filter allows nothing but to end, as strict filters of containers would. Returns 0
+ * when the child went on as if there were no probes, the signal that ended it, or -1 when it could not be tried. */
+static int spanloom_canary_under_filter(void)
+{
+    struct sock_filter instructions[] = {
+        BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+        BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, __NR_exit_group, 0, 1),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+        BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ERRNO | EPERM),
+    };
+    struct sock_fprog filter = { .len = sizeof(instructions) / sizeof(instructions[0]), .filter = instructions };
+    struct rlimit no_core = { 0, 0 };
+    int status;
+    pid_t child = fork();
+
+    if (child < 0)
+        return -1;
+    if (!child) {
+        setrlimit(RLIMIT_CORE, &no_core);
+        if (prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &filter))
+            _exit(1);
+        _exit(spanloom_canary(41) == 42 ? 0 : 2);
+    }
+    while (waitpid(child, &status, 0) < 0)
+        if (errno != EINTR)
+            return -1;
+    if (WIFSIGNALED(status))
+        return WTERMSIG(status);
+    return WEXITSTATUS(status) == 1 ? -1 : WEXITSTATUS(status);
 }
 
 /* Parses BTF and returns the number of its types, or -errno. */

@@ -10,12 +10,16 @@ import os
 import platform
 import time
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from errno import EACCES, EPERM
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from agent.errors import KernelUnsupportedError, SpanloomError
+from agent.elf import function_offsets
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
+from agent.kernel import _libbpf
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
 from agent.kernel.refusals import LOAD, Machine, explain, unmet, unreadable
@@ -28,7 +32,7 @@ BATCH_SLOTS = 4096
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
 
 _ZERO_AT_FIRST = frozenset(
-    ("ports_filtered", "ports_generation")
+    ("ports_filtered", "ports_generation", "tls_enabled", "tls_attached")
 )  # the compiler puts these into .bss, the other settings into .data
 
 _BPF_EXIST = 2  # linux/bpf.h: change an entry, make none
@@ -37,6 +41,18 @@ _BACKENDS = {
     "syscalls": ("on_sys_enter", "on_sys_exit"),
     "sockets": ("on_send", "on_sent", "on_received", "on_read", "on_switch"),
 }
+
+TLS_PROGRAMS = (
+    "on_tls_read",
+    "on_tls_read_ex",
+    "on_tls_write",
+    "on_tls_write_ex",
+    "on_tls_handshake",
+    "on_tls_free",
+    "on_tls_return",
+)
+"""What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
+UNWATCH_THREADS = 64
 
 
 class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -104,7 +120,7 @@ class Capture:
             raise unreadable(ffi.errno, path.name, _libbpf_log())
         self.layout = WireLayout.from_descriptions(self._describe)
         process = parse_struct("process", self._describe("process"))
-        if process.fields != ("start_ns", "state", "served"):
+        if process.fields != ("start_ns", "state", "served", "tls_told"):
             raise LayoutMismatchError(f"struct process has {process.fields}")
         self._process = process.codec
         states = {
@@ -144,7 +160,7 @@ class Capture:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
         for tgid in ignore_tgids:
             key = ffi.new("uint32_t *", tgid)
-            value = ffi.from_buffer(self._process.pack(0, PROCESS_IGNORED, 0))
+            value = ffi.from_buffer(self._process.pack(0, PROCESS_IGNORED, 0, 0))
             self._check(lib.bpf_map_update_elem(self._maps["processes"], key, value, 0))
         for name in self._programs:
             link = lib.bpf_program__attach(self._program(name))
@@ -156,6 +172,68 @@ class Capture:
         if self._iter_link == ffi.NULL:
             raise _refusal(ffi.errno, "attach the probe sweep")
         self._capturing[0] = 1
+
+    # -- TLS libraries
+
+    def announce_tls(self, wanted: bool) -> None:
+        """Choose whether records tell of processes that use TLS in ways that are not watched. Live."""
+        self._set("tls_enabled", wanted)
+
+    def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any:
+        """Attach one of ``TLS_PROGRAMS`` to the function at ``offset`` of a file, in every process. Returns the link.
+
+        ``path`` is followed once; what it leads to then is what is watched. Raises SpanloomError when that is refused.
+        """
+        link = lib.spanloom_attach_uprobe_at(self._program(program), path.encode(), offset, is_return)
+        if link == ffi.NULL and ffi.errno in (EACCES, EPERM):
+            raise PrivilegeError("the kernel refuses probes on programs: TLS is traced with CAP_SYS_ADMIN only")
+        if link == ffi.NULL:
+            raise _refusal(ffi.errno, f"attach the probe {program}")
+        return link
+
+    def try_return(self) -> list[Any]:
+        """Attach a return probe where only this process is, and see a child under a seccomp filter live through it.
+
+        Linux 6.11 to 6.13 on x86-64 leave a probed function through a system call of its own, which filters refuse;
+        then the process crashes (fixed in 6.14, commit cf6cb56ef244, and in some stable kernels). Returns what to take
+        back. Raises KernelUnsupportedError when the child crashed, SpanloomError when probes are refused.
+        """
+        path = _libbpf.__file__
+        with open(path, "rb", buffering=0) as file:
+            offset = function_offsets(lambda at, count: os.pread(file.fileno(), count, at), ["spanloom_canary"])
+        if not offset:
+            raise SpanloomError("the binding to libbpf has lost its symbols: reinstall the package")
+        link = self.watch_call("on_tls_return", path, offset["spanloom_canary"], is_return=True)
+        died_of = lib.spanloom_canary_under_filter()
+        if died_of > 0:
+            self.unwatch([link])
+            raise KernelUnsupportedError(
+                "return probes of this kernel crash processes under seccomp filters (Linux 6.11 to 6.13 on x86-64): "
+                "TLS is not traced; update the kernel, or set capture.tls to false"
+            )
+        return [link]
+
+    def unwatch(self, links: Iterable[Any]) -> None:
+        """Take back what ``watch_call`` attached.
+
+        The kernel waits for a grace period per probe, some 100 ms: all of them wait for the same ones.
+        """
+        links = list(links)
+        if links:
+            with ThreadPoolExecutor(min(len(links), UNWATCH_THREADS)) as threads:
+                list(threads.map(lib.bpf_link__destroy, links))
+
+    def count_watched(self, files: int) -> None:
+        """Tell the programs how many files are watched: at 0 they do not look for what belongs to TLS objects."""
+        self._set("tls_attached", files)
+
+    def forget_tls_told(self, tgid: int) -> None:
+        """Let a process that uses TLS be told of again."""
+        key, value = ffi.new("uint32_t *", tgid), ffi.new("unsigned char[]", self._process.size)
+        if lib.bpf_map_lookup_elem(self._maps["processes"], key, value) == 0:
+            *kept, _ = self._process.unpack(ffi.buffer(value))
+            ffi.buffer(value)[:] = self._process.pack(*kept, 0)
+            lib.bpf_map_update_elem(self._maps["processes"], key, value, _BPF_EXIST)
 
     def wait(self, timeout_seconds: float) -> bool:
         """Sleep until the kernel asks to be read, a signal arrives, or the time is up. True: there is something."""
@@ -194,16 +272,16 @@ class Capture:
     def decide(self, tgid: int, start_ns: int, state: int) -> None:
         """Record whether a process is traced, in its entry. Nothing is done without one: the process has ended, or runs
         another program by now, or could not be remembered, and what comes next is announced anew. An entry made here
-        would outlast the process and be found by a later one of the same number. ``served`` is kept.
+        would outlast the process and be found by a later one of the same number. The rest of it is kept.
         """
         key = ffi.new("uint32_t *", tgid)
         value = ffi.new("unsigned char[]", self._process.size)
         if lib.bpf_map_lookup_elem(self._maps["processes"], key, value):
             return
-        seen_start_ns, _, served = self._process.unpack(ffi.buffer(value))
+        seen_start_ns, _, *rest = self._process.unpack(ffi.buffer(value))
         if seen_start_ns != start_ns:
             return  # another process has the number by now
-        ffi.buffer(value)[:] = self._process.pack(start_ns, state, served)
+        ffi.buffer(value)[:] = self._process.pack(start_ns, state, *rest)
         lib.bpf_map_update_elem(self._maps["processes"], key, value, _BPF_EXIST)
 
     def counters(self) -> dict[str, int]:
@@ -233,7 +311,7 @@ class Capture:
         """The kernel's statistics of every program."""
         result = []
         statistics = ffi.new("struct program_statistics *")
-        for name in (*self._programs, "sweep"):
+        for name in (*self._programs, "sweep", *TLS_PROGRAMS):
             if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
                 result.append(
                     ProgramStatistics(
@@ -259,7 +337,15 @@ class Capture:
 
     def forget_connections(self) -> None:
         """Drop what the kernel knows, while detached: it tells nothing of what follows a pause in capturing."""
-        for name in ("connections", "endpoints", "threads", "processes"):
+        for name in (
+            "connections",
+            "endpoints",
+            "threads",
+            "processes",
+            "tls_objects",
+            "tls_candidates",
+            "tls_threads",
+        ):
             descriptor = lib.bpf_map__fd(self._map(name))
             for key in self._keys(name):
                 lib.bpf_map_delete_elem(descriptor, key)
@@ -317,6 +403,7 @@ class Capture:
             ("connections", settings.connections),
             ("endpoints", settings.connections * 2),
             ("processes", settings.processes),
+            ("tls_objects", settings.connections),
             ("records", settings.ring_buffer_bytes),
         ):
             self._check(lib.bpf_map__set_max_entries(self._map(name), entries))
@@ -360,7 +447,7 @@ class Capture:
         descriptor, value = self._maps["processes"], ffi.new("unsigned char[]", self._process.size)
         for wanted in self._keys("processes"):
             if lib.bpf_map_lookup_elem(descriptor, wanted, value) == 0:
-                start_ns, state, _ = self._process.unpack(ffi.buffer(value))
+                start_ns, state, *_ = self._process.unpack(ffi.buffer(value))
                 if start_ns and state == PROCESS_IGNORED:
                     lib.bpf_map_delete_elem(descriptor, wanted)
 

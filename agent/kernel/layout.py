@@ -91,6 +91,7 @@ class WireLayout:
     segment: RecordLayout
     close: RecordLayout
     peer: RecordLayout
+    tls: RecordLayout
     kinds: dict[str, int]
     counters: tuple[str, ...]
 
@@ -108,6 +109,7 @@ class WireLayout:
                 ("record_segment", None),
                 ("record_close", None),
                 ("record_peer", None),
+                ("record_tls", None),
             )
         }
         check_fields("record_exchange", layouts["record_exchange"], model.Exchange, ("request", "response"))
@@ -118,8 +120,12 @@ class WireLayout:
         process = layouts["record_process"].fields
         if process != ("kind", "cgroup_bytes", "memory_cgroup_bytes", *model.ProcessSeen.__struct_fields__[:-1]):
             raise LayoutMismatchError(f"struct record_process has {process}")
+        tls = layouts["record_tls"].fields
+        if tls != ("kind", *model.TlsSeen.__struct_fields__):
+            raise LayoutMismatchError(f"struct record_tls has {tls}")
         check_enum("exchange_role", parse_enum(describe("exchange_role")), "ROLE_", model.Role)
         check_enum("exchange_end", parse_enum(describe("exchange_end")), "END_", model.End)
+        check_enum("tls_notice", parse_enum(describe("tls_notice")), "TLS_", model.TlsNotice)
         check_enum("exchange_flag", parse_enum(describe("exchange_flag")), "FLAG_", model.Flag)
         check_enum("segment_flag", parse_enum(describe("segment_flag")), "SEGMENT_", model.SegmentFlag)
         counters = parse_enum(describe("counter"))
@@ -131,6 +137,7 @@ class WireLayout:
             segment=layouts["record_segment"],
             close=layouts["record_close"],
             peer=layouts["record_peer"],
+            tls=layouts["record_tls"],
             kinds=parse_enum(describe("record_kind")),
             counters=tuple(name.removeprefix("COUNTER_").lower() for name in list(counters)[:-1]),
         )

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
 
-Record = Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound
+Record = Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound | TlsSeen
 
 
 class Decoder:
@@ -30,11 +30,13 @@ class Decoder:
         self._segment_captured = layout.segment.fields.index("captured")
         self._close = layout.close.codec
         self._peer = layout.peer.codec
+        self._tls = layout.tls.codec
         self._others = {
             kinds["RECORD_PROCESS"]: self._decode_process,
             kinds["RECORD_SEGMENT"]: self._decode_segment,
             kinds["RECORD_CLOSE"]: self._decode_close,
             kinds["RECORD_PEER"]: self._decode_peer,
+            kinds["RECORD_TLS"]: self._decode_tls,
         }
 
     def decode(self, batch: bytes, offsets: Iterable[int]) -> list[Record]:
@@ -81,6 +83,10 @@ class Decoder:
 
     def _decode_peer(self, batch: bytes, offset: int) -> PeerFound:
         return PeerFound(*self._peer.unpack_from(batch, offset)[1:])
+
+    def _decode_tls(self, batch: bytes, offset: int) -> TlsSeen:
+        _, notice, tgid, start_ns = self._tls.unpack_from(batch, offset)
+        return TlsSeen(notice, tgid, start_ns)
 
 
 def _text(raw: bytes) -> str:

@@ -26,6 +26,7 @@ from agent.protocols.http_semantics import (
     Extractor,
     Fields,
     HttpProtocol,
+    Target,
     captured,
     merge,
 )
@@ -40,11 +41,14 @@ MEMO_HEAD_BYTES = 768
 _SERVER = int(Role.SERVER)
 _QUIET, _NEXT, _HANDED_OVER = int(End.QUIET), int(End.NEXT), int(End.HANDED_OVER)
 _FOREIGN = int(Flag.FOREIGN)
+_TLS = int(Flag.TLS)
 _REQUEST_CUT = int(Flag.REQUEST_TRUNCATED | Flag.REQUEST_GAP)
 _LENGTH, _UNKNOWN = Framing.LENGTH, Framing.UNKNOWN
 
 _Target = tuple[Attributes, str, int]
 """Attributes that the request line and Host decide, the span name, and 0, or HEAD or CONNECT of http1_outcome."""
+_Targets = dict[tuple[bytes, bytes | None], _Target]
+"""By request line and Host."""
 _Answer = tuple[int, Framing, int, Attributes, bool]
 """Status, framing, Content-Length, attributes (status, error.type, captured headers), whether the status is bad."""
 _NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
@@ -75,8 +79,10 @@ class Http1(HttpProtocol):
         framing = (b"content-length", b"transfer-encoding", b"trailer")
         self._response_lines = LineMemo((*framing, *self._response_captures))
         self._response_field = self._response_lines.__getitem__
-        self._server_targets: dict[tuple[bytes, bytes | None], _Target] = {}
-        self._client_targets: dict[tuple[bytes, bytes | None], _Target] = {}
+        self._server_targets: _Targets = {}
+        self._client_targets: _Targets = {}
+        self._tls_server_targets: _Targets = {}
+        self._tls_client_targets: _Targets = {}
         self._server_answers: dict[bytes, _Answer] = {}
         self._client_answers: dict[bytes, _Answer] = {}
         self._agents = Memo(lambda value: (("user_agent.original", syntax.text(value)),), MEMO_TARGETS)
@@ -101,7 +107,7 @@ class Http1(HttpProtocol):
         """
         request = exchange.request
         before, mark, after = request.partition(self._mark)
-        key = hash((before, after[_TRACEPARENT_BYTES:], exchange.role))
+        key = hash((before, after[_TRACEPARENT_BYTES:], exchange.role + (exchange.flags & _TLS)))
         repeat = self._repeats.get(key)
         if repeat is not None and exchange.request_bytes == len(request) == repeat[0] and exchange.end != _HANDED_OVER:
             # The short way: the request was seen before but for its trace context, and the response head as well.
@@ -178,11 +184,13 @@ class Http1(HttpProtocol):
         agent = fields.pop(b"user-agent", None)
         peer, client, peer_address = self._addresses[exchange.remote_address]
         if exchange.role == _SERVER:
-            target = self._server_targets.get((request_line, host)) or self._server_target(request_line, host)
+            targets = self._tls_server_targets if flags & _TLS else self._server_targets
+            target = targets.get((request_line, host)) or self._server_target(request_line, host, targets)
             answers = self._server_answers
         else:
-            target = self._client_targets.get((request_line, host)) or self._client_target(
-                request_line, host, peer_address, exchange.remote_port
+            targets = self._tls_client_targets if flags & _TLS else self._client_targets
+            target = targets.get((request_line, host)) or self._client_target(
+                request_line, host, targets, peer_address, exchange.remote_port
             )
             client = self._names_of_peer(exchange.remote_address, exchange.remote_port)
             answers = self._client_answers
@@ -259,21 +267,28 @@ class Http1(HttpProtocol):
         call = Call(name, attributes, error, context, others, request_id, whole, (), decision)
         return call, repeats, is_forwarded
 
-    def _server_target(self, request_line: bytes, host: bytes | None) -> _Target:
+    def _read_request_line(self, request_line: bytes, targets: _Targets) -> tuple[bytes, Target, str]:
         method, target, version = syntax.read_request_line(request_line)
-        attributes, name = self._server_attributes(method, syntax.read_target(method, target), host, version)
+        scheme, *rest = syntax.read_target(method, target)
+        if not scheme and (targets is self._tls_server_targets or targets is self._tls_client_targets):
+            scheme = "https"
+        return method, (scheme, *rest), version
+
+    def _server_target(self, request_line: bytes, host: bytes | None, targets: _Targets) -> _Target:
+        method, target, version = self._read_request_line(request_line, targets)
+        attributes, name = self._server_attributes(method, target, host, version)
         result = attributes, name, METHOD_MEANING.get(method, 0)
-        _remember(self._server_targets, request_line, host, result)
+        _remember(targets, request_line, host, result)
         return result
 
-    def _client_target(self, request_line: bytes, host: bytes | None, peer_address: str, peer_port: int) -> _Target:
-        method, target, version = syntax.read_request_line(request_line)
-        attributes, name, is_named = self._client_attributes(
-            method, syntax.read_target(method, target), host, version, peer_address, peer_port
-        )
+    def _client_target(
+        self, request_line: bytes, host: bytes | None, targets: _Targets, peer_address: str, peer_port: int
+    ) -> _Target:
+        method, target, version = self._read_request_line(request_line, targets)
+        attributes, name, is_named = self._client_attributes(method, target, host, version, peer_address, peer_port)
         result = attributes, name, METHOD_MEANING.get(method, 0)
         if is_named:
-            _remember(self._client_targets, request_line, host, result)
+            _remember(targets, request_line, host, result)
         return result
 
     def _read_answer(self, response: bytes, end: int, answers: dict[bytes, _Answer]) -> tuple[_Answer, int]:
@@ -365,9 +380,7 @@ def _request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[by
     return lines, 0
 
 
-def _remember(
-    targets: dict[tuple[bytes, bytes | None], _Target], line: bytes, host: bytes | None, value: _Target
-) -> None:
+def _remember(targets: _Targets, line: bytes, host: bytes | None, value: _Target) -> None:
     if len(line) <= MEMO_TARGET_BYTES and (host is None or len(host) <= MEMO_LINE_BYTES):
         if len(targets) >= MEMO_TARGETS:
             targets.clear()

@@ -28,7 +28,7 @@ from random import getrandbits
 import msgspec
 
 from agent.errors import ProtocolError
-from agent.model import ConnectionClosed, End, Exchange, Flag, Segment
+from agent.model import ConnectionClosed, End, Exchange, Flag, Segment, SegmentFlag
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_reader import LostError, Message, Reader, State
 from agent.protocols.http1_syntax import Framing
@@ -37,6 +37,7 @@ OUTSTANDING_REQUESTS = 256
 OUTSTANDING_HEAD_BYTES = 256 * 1024
 
 _DIRECTION_REQUEST = 1
+_TLS = int(SegmentFlag.TLS)
 _REQUEST_BEGINNING = re.compile(rb"(?:\r?\n)*[!#$%&'*+\-.^_`|~0-9A-Za-z]{1,32}(?: [!-~\x80-\xff]| ?$)")
 _RESPONSE_BEGINNING = re.compile(rb"H(?:T(?:T(?:P(?:/(?:1(?:\.|$)|$)|$)|$)|$)|$)")
 _FRAMING_NAMES = frozenset((b"content-length", b"transfer-encoding", b"trailer"))
@@ -278,6 +279,8 @@ class PipelinedConnection:
             flags |= Flag.RESPONSE_TRUNCATED
         if pair.interim:
             flags |= Flag.INTERIM
+        if segment.flags & _TLS:
+            flags |= Flag.TLS
         if response.message_bytes and len(response.tail) == min(8, response.message_bytes):
             flags |= Flag.TAIL_VALID
         self._ready.append(

@@ -38,7 +38,14 @@ end
 
 
 def run_wrk(
-    port: int, paths: Sequence[str], requests: int, *, threads: int = 2, connections: int = 64, limit_seconds: int = 80
+    port: int,
+    paths: Sequence[str],
+    requests: int,
+    *,
+    threads: int = 2,
+    connections: int = 64,
+    limit_seconds: int = 80,
+    scheme: str = "http",
 ) -> None:
     """Send ``requests`` requests and a few more, over that many keep-alive connections."""
     with tempfile.TemporaryDirectory() as directory:
@@ -46,7 +53,15 @@ def run_wrk(
         script.write_text(_SCRIPT)
         # wrk sleeps for its whole duration whatever its threads do; SIGINT wakes it.
         command = ["wrk", f"-t{threads}", f"-c{connections}", f"-d{limit_seconds}s", "--timeout", "30s"]
-        command += ["-s", str(script), f"http://127.0.0.1:{port}", "--", directory, str(requests // threads), *paths]
+        command += [
+            "-s",
+            str(script),
+            f"{scheme}://127.0.0.1:{port}",
+            "--",
+            directory,
+            str(requests // threads),
+            *paths,
+        ]
         with subprocess.Popen(
             command,
             env=clean_environment(),

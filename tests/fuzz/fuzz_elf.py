@@ -19,6 +19,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
+    from agent.elf import function_offsets
     from agent.process import language_of_elf, parse_resource_attributes, systemd_unit
 
 READS_MAX = 2000
@@ -37,6 +38,9 @@ def check_elf(data: bytes) -> str:
         total += count
         return data[offset : offset + count]
 
+    offsets = function_offsets(read_at, ("SSL_read", "SSL_write"))
+    assert offsets.keys() <= {"SSL_read", "SSL_write"}
+    assert all(0 <= offset < 2**64 for offset in offsets.values())
     language = language_of_elf(read_at)
     assert language in ("", "go", "rust")
     assert reads <= READS_MAX

@@ -25,17 +25,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
     from agent.kernel.records import Decoder
-    from agent.model import ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, Span
+    from agent.model import ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, Span, TlsSeen
     from agent.pipeline import Pipeline
     from agent.process import ProcessTable, Selector
     from agent.propagation import FORMATS, Extractor
     from agent.protocols.http1 import Http1
     from agent.sampling import Sampler
     from agent.stitch import Stitcher
-    from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, batch
+    from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, TLS, batch
 
-SIZES = {1: EXCHANGE.size, 2: PROCESS.size, 3: SEGMENT.size, 4: CLOSE.size, 5: PEER.size}
-KINDS = {1: Exchange, 2: ProcessSeen, 3: Segment, 4: ConnectionClosed, 5: PeerFound}
+SIZES = {1: EXCHANGE.size, 2: PROCESS.size, 3: SEGMENT.size, 4: CLOSE.size, 5: PEER.size, 6: TLS.size}
+KINDS = {1: Exchange, 2: ProcessSeen, 3: Segment, 4: ConnectionClosed, 5: PeerFound, 6: TlsSeen}
 RECORDS_MAX = 64
 SWEEP_NS = 10**9
 

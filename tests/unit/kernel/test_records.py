@@ -7,8 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
-from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, batch, pack
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
+from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, TLS, batch, pack
 
 U64, U32, U16 = st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
 ADDRESS = st.binary(min_size=16, max_size=16)
@@ -101,7 +101,12 @@ def test_a_peer_is_read():
     assert decode(PEER.pack(5, 71, 72)) == [PeerFound(71, 72)]
 
 
-@pytest.mark.parametrize("kind", [0, 6, 255])
+def test_a_process_that_uses_tls_is_read():
+    """How, its number and when it started."""
+    assert decode(TLS.pack(6, 2, 42, 2**63)) == [TlsSeen(2, 42, 2**63)]
+
+
+@pytest.mark.parametrize("kind", [0, 7, 255])
 def test_an_unknown_kind_is_counted_and_skipped(kind):
     """A record of a later version does not disturb its neighbours."""
     decoder = Decoder(LAYOUT)

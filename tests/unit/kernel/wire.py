@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment
+from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
 
 _STRUCTS = {
     "record_exchange": (
@@ -28,23 +28,26 @@ _STRUCTS = {
     ),
     "record_peer": "kind:2 _pad:6a connection_id:8 peer_connection_id:8",
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
+    "record_tls": "kind:2 notice:2 tgid:4 start_ns:8",
 }
 _ENUMS = {
-    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE PEER"),
+    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE PEER TLS"),
     "exchange_role": ("ROLE_", 1, "SERVER CLIENT"),
     "exchange_end": ("END_", 1, "OPEN QUIET NEXT CLOSED RESET TIMED_OUT HANDED_OVER"),
+    "tls_notice": ("TLS_", 1, "UNWATCHED OTHER_STACK"),
     "segment_direction": ("DIRECTION_", 1, "REQUEST RESPONSE"),
     "counter": (
         "COUNTER_",
         0,
         "BEGUN EMITTED DROPPED_RING_FULL DROPPED_STATE_FULL DROPPED_NOT_HTTP CANCELLED STREAMS_UNTOLD STREAMED "
         "REEMITTED REEMIT_LOST SEGMENTS SEGMENTS_LOST CLOSES_LOST PROCESSES_LOST PROCESS_FULL THREAD_FULL "
-        "ENDPOINT_FULL IGNORED_TLS IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT PEERS_LOST FRAMES_LOST",
+        "ENDPOINT_FULL IGNORED_TLS IGNORED_OTHER IGNORED_PORT RESPONSE_ALONE READ_FAULT PEERS_LOST FRAMES_LOST "
+        "TLS_TIED TLS_UNTIED TLS_CONTRADICTED TLS_FULL",
     ),
 }
 _FLAGS = (
     "FIRST REQUEST_TRUNCATED RESPONSE_TRUNCATED TAIL_VALID PEER_CLOSED CLIENT_ONLY PROCESS_UNKNOWN INTERIM REQUEST_GAP "
-    "FOREIGN STREAM"
+    "FOREIGN STREAM TLS"
 )
 
 
@@ -66,7 +69,7 @@ def _describe_enum(prefix: str, first: int, names: str) -> str:
 DESCRIPTIONS = {
     **{name: _describe_struct(members) for name, members in _STRUCTS.items()},
     **{name: _describe_enum(*parts) for name, parts in _ENUMS.items()},
-    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\n",
+    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\nSEGMENT_TLS 4\n",
     "exchange_flag": "".join(f"FLAG_{name} {1 << bit}\n" for bit, name in enumerate(_FLAGS.split())),
 }
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
@@ -76,9 +79,10 @@ PROCESS = struct.Struct("<HHH6xIQII16s64s")
 SEGMENT = struct.Struct("<HBBHH5Q3IHH16s16s")
 PEER = struct.Struct("<H6xQQ")
 CLOSE = struct.Struct("<HBBIQQQ")
+TLS = struct.Struct("<HHIQ")
 
 
-def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound) -> bytes:
+def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound | TlsSeen) -> bytes:
     """The bytes that the kernel sends for a record."""
     values = [getattr(record, name) for name in record.__struct_fields__]
     match record:
@@ -99,6 +103,8 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound
             return PEER.pack(5, *values)
         case ConnectionClosed():
             return CLOSE.pack(*values)
+        case TlsSeen():
+            return TLS.pack(6, *values)
 
 
 def _names(path: list[bytes]) -> bytes:

@@ -1,0 +1,302 @@
+"""Watches the TLS libraries of processes: attaches where one is used, takes it back when its last user is gone.
+
+In: the processes that the kernel says use TLS, and at the start all that run. Out: probes on each file, once however
+many processes use it; what cannot be watched is logged and counted. One thread does all of it, as reading a process's
+memory map and attaching take milliseconds that the records must not wait for. Never: raises out of that thread, keeps
+a descriptor of a process, holds more than ``MAX_FILES`` files or ``MAX_WAITING`` processes that wait.
+"""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, Protocol
+
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
+from agent.model import TlsNotice
+from agent.process import ProcessInfo
+from agent.telemetry import event
+from agent.tls_libraries import Identity, Libraries, Library, why_unseen
+
+_log = logging.getLogger("spanloom.tls")
+
+MAX_FILES = 256
+"""Files that are watched at a time; more are refused, and counted."""
+MAX_REFUSED = 4096
+"""Files that are remembered as not to be watched; of more, the oldest is tried again."""
+MAX_WAITING = 4096
+"""Processes that wait to be looked at; more are told of again by their next connection."""
+MAX_USERS = 8192
+"""Users that are remembered of one file. With more of them the file is kept until it is looked for everywhere."""
+LOOK_SECONDS = 5.0
+"""How often it is looked whether files still have users."""
+_LOGGED_EXECUTABLES = 256
+_LOGGED_PROCESSES = 10
+_RETURNS = frozenset(("on_tls_read", "on_tls_read_ex", "on_tls_write", "on_tls_write_ex", "on_tls_handshake"))
+
+
+class Probes(Protocol):
+    """What is needed of ``agent.kernel.capture.Capture``."""
+
+    def try_return(self) -> list[Any]: ...
+    def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any: ...
+    def unwatch(self, links: Iterable[Any]) -> None: ...
+    def count_watched(self, files: int) -> None: ...
+    def forget_tls_told(self, tgid: int) -> None: ...
+    def announce_tls(self, wanted: bool) -> None: ...
+
+
+class _Watched:
+    def __init__(self, name: str, links: list[Any], returns: int) -> None:
+        self.name = name
+        self.links = links
+        self.returns = returns  # so many of the links, the first ones
+        self.users: set[int] = set()
+        self.unused_since: float | None = None
+
+
+class TlsWatch:
+    """The watched files. ``start()`` and ``stop()`` may be called in turns; the rest is for any thread.
+
+    ``idle_seconds``: how long a file that nobody runs any more stays watched. Programs that run for a moment (curl)
+    come back, and attaching anew would miss their first request.
+
+    For metrics: ``files`` that are watched; ``attached`` and ``detached`` count them; ``refused`` counts files that
+    could not be, ``unseen`` processes whose TLS is not seen, both by reason.
+    """
+
+    def __init__(self, probes: Probes, libraries: Libraries, own_tgid: int, idle_seconds: float) -> None:
+        self.idle_seconds = idle_seconds
+        self.attached = 0
+        self.detached = 0
+        self.refused: Counter[str] = Counter()
+        self.unseen: Counter[str] = Counter()
+        self._probes = probes
+        self._libraries = libraries
+        self._own_tgid = own_tgid
+        self._watched: dict[Identity, _Watched] = {}
+        self._refused_files: dict[Identity, str] = {}
+        self._logged: dict[tuple[str, str], int] = {}
+        self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
+        self._canary: list[Any] = []
+        self._thread: threading.Thread | None = None
+
+    @property
+    def files(self) -> int:
+        return len(self._watched)
+
+    def start(self) -> None:
+        """Watch what well-known programs that run now use, then go on with what is told of.
+
+        Of other programs it is not known whether they switch stacks, until the kernel tells of their first TLS bytes.
+        """
+        if self._thread is not None:
+            return
+        try:
+            self._canary = self._probes.try_return()
+        except SpanloomError as error:
+            kinds = {KernelUnsupportedError: "unsafe", PrivilegeError: "privilege"}
+            self.refused[kinds.get(type(error), "attach")] += 1
+            event(_log, "tls_off", level=logging.WARNING, message=str(error))
+            return
+        self._probes.announce_tls(True)
+        for tgid in self._libraries.processes():
+            if tgid != self._own_tgid and self._libraries.stays_on_its_stack(tgid):
+                for library in self._libraries.shared(tgid) or ():
+                    self._use(library, tgid)
+        self._thread = threading.Thread(target=self._run, name="tls", daemon=True)
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Take all probes back. May be called twice."""
+        thread, self._thread = self._thread, None
+        if thread is None:
+            return
+        self._probes.announce_tls(False)
+        while True:
+            try:
+                self._waiting.put_nowait(None)
+                break
+            except queue.Full:
+                self._drop_one()
+        thread.join()
+        while self._drop_one():
+            pass
+        self._release(*self._watched)
+        self._probes.unwatch(self._canary)
+
+    def look_at(self, info: ProcessInfo, notice: int) -> None:
+        """A process uses TLS: it is looked at soon. ``notice`` is a number of ``TlsNotice``."""
+        if self._thread is None or info.key[0] == self._own_tgid:
+            return
+        try:
+            self._waiting.put_nowait((info, notice))
+        except queue.Full:
+            self._probes.forget_tls_told(info.key[0])
+
+    def _drop_one(self) -> bool:
+        try:
+            self._waiting.get_nowait()
+        except queue.Empty:
+            return False
+        return True
+
+    def _run(self) -> None:
+        look_at = time.monotonic() + LOOK_SECONDS
+        while True:
+            try:
+                told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
+                if told is None:
+                    return
+                self._examine(*told)
+            except queue.Empty:
+                pass
+            except Exception:  # a process that nobody foresaw must not end the watch over all others
+                self.unseen["error"] += 1
+                _log.exception("tls_failed")
+            if time.monotonic() >= look_at:
+                self._look_for_users()
+                look_at = time.monotonic() + LOOK_SECONDS
+
+    def _examine(self, info: ProcessInfo, notice: int) -> None:
+        tgid = info.key[0]
+        found = self._libraries.shared(tgid)
+        if found is None:
+            self._report(info, "gone")
+            return
+        if not found and (executable := self._libraries.executable(tgid)) is not None:
+            found = [executable]
+        if not found:
+            # The executable of a process that has ended meanwhile cannot be read any more.
+            self._report(info, "gone" if self._libraries.shared(tgid) is None else why_unseen(info))
+        is_unsafe = notice == TlsNotice.OTHER_STACK
+        for library in found:
+            reason = self._use(library, tgid, is_unsafe)
+            if reason:
+                self._report(info, reason)
+
+    def _use(self, library: Library, tgid: int, is_unsafe: bool = False) -> str:
+        """Watch a file that a process uses, and close it. Returns why not, or an empty string.
+
+        Probes are on the file, whoever runs it: one process that they could crash keeps them off for all.
+        """
+        try:
+            if is_unsafe or self._libraries.switches_stacks(tgid):
+                self._refuse(library, "stacks", "a process that runs it switches stacks")
+            return self._watch(library, tgid)
+        finally:
+            library.close()
+
+    def _refuse(self, library: Library, reason: str, message: str) -> None:
+        """Watch a file no more, and not again."""
+        if self._refused_files.get(library.identity) == reason:
+            return
+        if len(self._refused_files) >= MAX_REFUSED:
+            self._refused_files.pop(next(iter(self._refused_files)))
+        self._refused_files[library.identity] = reason
+        self.refused[reason] += 1
+        event(_log, "tls_refused", level=logging.WARNING, library=library.name, reason=reason, message=message)
+        if library.identity in self._watched:
+            self._release(library.identity)
+
+    def _watch(self, library: Library, tgid: int) -> str:
+        watched = self._watched.get(library.identity)
+        if watched is None:
+            reason = self._refused_files.get(library.identity, "")
+            if reason:
+                return reason
+            if len(self._watched) >= MAX_FILES:
+                self.refused["too_many"] += 1
+                return "too_many"
+            try:
+                links = self._attach(library)
+            except SpanloomError as error:
+                self._refuse(library, "attach", str(error))
+                return "attach"
+            watched = self._watched[library.identity] = _Watched(library.name, links, _returns(library))
+            self.attached += 1
+            self._probes.count_watched(len(self._watched))
+            event(_log, "tls_attached", library=library.name, functions=len(library.functions), pid=tgid)
+        watched.unused_since = None
+        if len(watched.users) < MAX_USERS:
+            watched.users.add(tgid)
+        return ""
+
+    def _attach(self, library: Library) -> list[Any]:
+        """Returns come first: a call whose beginning was seen is one whose end will be."""
+        links: list[Any] = []
+        try:
+            for function in library.functions:
+                if function.program in _RETURNS:
+                    links.append(
+                        self._probes.watch_call("on_tls_return", library.path, function.offset, is_return=True)
+                    )
+            for function in library.functions:
+                links.append(self._probes.watch_call(function.program, library.path, function.offset, is_return=False))
+        except BaseException:
+            self._probes.unwatch(links)
+            raise
+        return links
+
+    def _look_for_users(self) -> None:
+        """Let go of files that nobody has run for ``idle_seconds``."""
+        now = time.monotonic()
+        for identity, watched in list(self._watched.items()):
+            while watched.users:
+                tgid = next(iter(watched.users))
+                if self._libraries.maps(tgid, identity):
+                    break
+                watched.users.discard(tgid)
+            if watched.users:
+                continue
+            if watched.unused_since is None:
+                watched.unused_since = now
+            elif now - watched.unused_since >= self.idle_seconds:
+                # Before it goes, all processes are asked: one may have it and never have been told of.
+                for tgid in self._libraries.processes():
+                    if tgid != self._own_tgid and self._libraries.maps(tgid, identity):
+                        watched.users.add(tgid)
+                        break
+                if not watched.users:
+                    self._release(identity)
+                else:
+                    watched.unused_since = None
+
+    def _release(self, *identities: Identity) -> None:
+        released = [self._watched[identity] for identity in identities]
+        # A return whose call's beginning was not seen is ignored; a beginning without a return is held for a call that
+        # goes on. So beginnings go first.
+        self._probes.unwatch(link for watched in released for link in watched.links[watched.returns :])
+        self._probes.unwatch(link for watched in released for link in watched.links[: watched.returns])
+        for identity in identities:
+            del self._watched[identity]
+        self.detached += len(released)
+        self._probes.count_watched(len(self._watched))
+        for watched in released:
+            event(_log, "tls_detached", library=watched.name)
+
+    def _report(self, info: ProcessInfo, reason: str) -> None:
+        """Say once of a process that its TLS is not seen; of one executable, for its first few processes."""
+        self.unseen[reason] += 1
+        known_as = info.executable_path or info.executable_name, reason
+        count = self._logged[known_as] = self._logged.get(known_as, 0) + 1
+        if len(self._logged) > _LOGGED_EXECUTABLES:
+            self._logged.pop(next(iter(self._logged)))
+        if count <= _LOGGED_PROCESSES and reason != "gone":
+            event(
+                _log,
+                "tls_not_seen",
+                level=logging.WARNING,
+                executable=info.executable_name,
+                pid=info.key[0],
+                service=info.service_name,
+                reason=reason,
+            )
+
+
+def _returns(library: Library) -> int:
+    return sum(function.program in _RETURNS for function in library.functions)

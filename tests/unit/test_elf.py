@@ -1,0 +1,77 @@
+"""agent.elf: files made here, files of this machine, and files that lie."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from agent.elf import function_offsets
+
+CODE, CODE_ADDRESS = 0x1000, 0x401000
+
+
+def make(functions: dict[str, int], kind: int = 11, filler: int = 0) -> bytes:
+    """An ELF file with one symbol table that puts each function at an address; ``filler`` symbols come before."""
+    names = b"\0" + b"".join(f"filler{number}".encode() + b"\0" for number in range(filler))
+    symbols = [bytes(24)] + [struct.pack("<IBBHQQ", 1, 0x12, 0, 1, 0, 0)] * filler
+    for name, address in functions.items():
+        symbols.append(struct.pack("<IBBHQQ", len(names), 0x12, 0, 1, address, 16))
+        names += name.encode() + b"\0"
+    table = b"".join(symbols)
+    segments_at, sections_at = 64, 64 + 56
+    table_at = sections_at + 3 * 64
+    names_at = table_at + len(table)
+    header = b"\x7fELF\x02\x01\x01" + bytes(9)
+    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, segments_at, sections_at, 0, 64, 56, 1, 64, 3, 0)
+    segment = struct.pack("<IIQQQQQQ", 1, 5, CODE, CODE_ADDRESS, 0, 0x5000, 0x5000, 4096)
+    sections = bytes(64)
+    sections += struct.pack("<IIQQQQIIQQ", 0, kind, 0, 0, table_at, len(table), 2, 0, 8, 24)
+    sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, names_at, len(names), 0, 0, 1, 0)
+    return header + segment + sections + table + names
+
+
+def offsets(data: bytes, *names: str) -> dict[str, int]:
+    return function_offsets(lambda offset, count: data[offset : offset + count], names)
+
+
+@pytest.mark.parametrize("kind", [2, 11])
+@pytest.mark.parametrize("filler", [0, 40_000])
+def test_functions_are_found_where_they_lie_in_the_file(kind: int, filler: int):
+    """An address becomes an offset by the segment that holds it, in either kind of table, however long it is."""
+    data = make({"SSL_read": CODE_ADDRESS + 0x123, "SSL_write": CODE_ADDRESS + 0x456}, kind, filler)
+    assert offsets(data, "SSL_read", "SSL_write", "SSL_free") == {"SSL_read": CODE + 0x123, "SSL_write": CODE + 0x456}
+
+
+def test_a_name_is_a_whole_name():
+    """Neither the end nor the beginning of another name is it."""
+    data = make({"xSSL_read": CODE_ADDRESS, "SSL_read_ex": CODE_ADDRESS + 16})
+    assert offsets(data, "SSL_read") == {}
+
+
+def test_a_function_outside_of_all_segments_is_not_there():
+    """Its address leads to no byte of the file."""
+    assert offsets(make({"SSL_read": 0x10}), "SSL_read") == {}
+
+
+def test_what_is_cut_or_no_elf_has_no_functions():
+    """Wherever the file ends, nothing is raised, and what is found is right."""
+    data = make({"SSL_read": CODE_ADDRESS})
+    for length in range(len(data)):
+        assert offsets(data[:length], "SSL_read") in ({}, {"SSL_read": CODE})
+    assert offsets(b"#!/bin/sh\n", "SSL_read") == {}
+
+
+def test_the_same_as_nm_says():
+    """Of this machine's own library: the offsets that binutils find."""
+    library = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
+    said = subprocess.run(["nm", "-D", "--defined-only", library], capture_output=True, text=True, check=True).stdout
+    addresses = {line.split()[2].partition("@")[0]: int(line.split()[0], 16) for line in said.splitlines()}
+    data = library.read_bytes()
+    found = offsets(data, "SSL_read", "SSL_write", "SSL_do_handshake")
+    assert len(found) == 3
+    for name, offset in found.items():
+        assert data[offset : offset + 4] != bytes(4)
+        assert offset == addresses[name]  # its code is mapped where it lies in the file
