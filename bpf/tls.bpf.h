@@ -424,20 +424,22 @@ static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u64 objec
 	return 0;
 }
 
-/* A write that was handled at its entry has ended. */
-static __always_inline void on_write_left(__u64 sock, __u64 buffer, __u64 offered, long moved)
+/* A write that was handled at its entry has ended. Of its own, so that its stack is not its caller's as well. */
+__noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 result)
 {
+	long moved = result;
 	struct transfer transfer = { .buffer = buffer, .length = moved };
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 
 	if (!connection || connection->mode == MODE_IGNORED)
-		return;
+		return 0;
 	if (connection->mode == MODE_STREAM) {
 		if (moved > 0)
 			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
 	} else if (moved != offered || offered > MAY_BLOCK_BYTES) {
 		settle_write(connection, moved, bpf_get_current_pid_tgid());
 	}
+	return 0;
 }
 
 /* A call returns `result`. Global for the reason given at absorb_iovecs(). */
