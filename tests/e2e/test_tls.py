@@ -104,11 +104,8 @@ def warm_up(tracing: AgentProcess, port: int, pem: Path) -> None:
     may come before the probes, is what tells of it. No request is made.
     """
     command = ["openssl", "s_client", "-connect", f"127.0.0.1:{port}", "-CAfile", str(pem)]
-    before = tracing.metrics()["spanloom_tls_files"]
     subprocess.run(command, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=30)
-    wait_until(
-        lambda: tracing.metrics()["spanloom_tls_files"] > before, lambda: f"the server is watched{tracing.state()}"
-    )
+    wait_until(lambda: '"library":"node"' in tracing.stderr(), lambda: f"the server is watched{tracing.state()}")
 
 
 def assert_pairs(spans: list[CollectedSpan], count: int) -> None:
