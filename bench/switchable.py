@@ -18,6 +18,7 @@ from agent.runtime import Agent
 def main() -> int:
     agent = Agent(configuration.load(None, sys.argv[1:], os.environ))
     agent.start()
+    agent.tls.stop()
     agent.capture.detach()
     loop = threading.Thread(target=agent.run)
     loop.start()
@@ -27,8 +28,11 @@ def main() -> int:
         if command == "attach":
             agent.capture.forget_connections()
             agent.capture.attach([os.getpid()])
+            if agent.config.capture.tls:
+                agent.tls.start()
             print("attached", flush=True)
         elif command == "detach":
+            agent.tls.stop()
             agent.capture.detach()
             print("detached", flush=True)
         elif command == "statistics":

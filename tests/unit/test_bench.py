@@ -41,6 +41,8 @@ def test_the_table_has_each_figure_with_its_target():
 def test_the_comparison_on_nginx_has_its_target():
     """The ratio and what is aimed at stand in one line."""
     web = {
+        "kind": "http",
+        "agent_us_per_span": 7.0,
         "backend": "sockets",
         "throughput_ratio": 0.788,
         "requests_per_second_traced": 36519,
@@ -54,6 +56,9 @@ def test_the_comparison_on_nginx_has_its_target():
     }
     (line,) = (line for line in table({"nginx": [web]}).splitlines() if "0.788" in line)
     assert "target: at least 0.80" in line
+    text = table({"nginx": [web | {"kind": "https"}, web | {"kind": "http2"}]})
+    assert "target: at least 0.75" in text
+    assert "7.00   (target: at most 20)" in text
 
 
 def test_the_worst_run_counts_where_something_may_be_lost():
