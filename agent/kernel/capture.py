@@ -49,6 +49,10 @@ TLS_PROGRAMS = (
     "on_tls_handshake",
     "on_tls_free",
     "on_tls_return",
+    "on_go_read",
+    "on_go_write",
+    "on_go_read_return",
+    "on_go_write_return",
 )
 """What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
 UNWATCH_THREADS = 64
@@ -340,6 +344,7 @@ class Capture:
             "tls_objects",
             "tls_candidates",
             "tls_threads",
+            "go_calls",
         ):
             descriptor = lib.bpf_map__fd(self._map(name))
             for key in self._keys(name):
