@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
-from agent.errors import KernelUnsupportedError, SpanloomError
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
 from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.telemetry import event
@@ -91,18 +91,22 @@ class TlsWatch:
         return len(self._watched)
 
     def start(self) -> None:
-        """Watch what the processes that run now use, then go on with those that are told of."""
+        """Watch what well-known programs that run now use, then go on with what is told of.
+
+        Of other programs it is not known whether they switch stacks, until the kernel tells of their first TLS bytes.
+        """
         if self._thread is not None:
             return
         try:
             self._canary = self._probes.try_return()
         except SpanloomError as error:
-            self.refused["unsafe" if isinstance(error, KernelUnsupportedError) else "attach"] += 1
+            kinds = {KernelUnsupportedError: "unsafe", PrivilegeError: "privilege"}
+            self.refused[kinds.get(type(error), "attach")] += 1
             event(_log, "tls_off", level=logging.WARNING, message=str(error))
             return
         self._probes.announce_tls(True)
         for tgid in self._libraries.processes():
-            if tgid != self._own_tgid:
+            if tgid != self._own_tgid and self._libraries.stays_on_its_stack(tgid):
                 for library in self._libraries.shared(tgid) or ():
                     self._use(library, tgid)
         self._thread = threading.Thread(target=self._run, name="tls", daemon=True)
@@ -287,12 +291,14 @@ class TlsWatch:
                     watched.unused_since = None
 
     def _release(self, *identities: Identity) -> None:
-        released = [self._watched.pop(identity) for identity in identities]
-        self.detached += len(released)
+        released = [self._watched[identity] for identity in identities]
         # A return whose call's beginning was not seen is ignored; a beginning without a return is held for a call that
         # goes on. So beginnings go first.
         self._probes.unwatch(link for watched in released for link in watched.links[watched.returns :])
         self._probes.unwatch(link for watched in released for link in watched.links[: watched.returns])
+        for identity in identities:
+            del self._watched[identity]
+        self.detached += len(released)
         self._probes.count_watched(len(self._watched))
         for watched in released:
             event(_log, "tls_detached", library=watched.name)

@@ -153,7 +153,9 @@ static __always_inline __u32 copy_piece(struct connection *connection, __u32 lim
 	if (piece > COPY_SLACK)
 		piece = COPY_SLACK;
 	opaque(piece);
-	if (piece > COPY_SLACK || bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
+	opaque(offset); /* compared above as half a register, which verifiers before 5.13 forget when it goes to the stack */
+	if (offset >= request_cap + response_cap || piece > COPY_SLACK ||
+	    bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
 		return 0;
 	connection->data_length = offset + piece;
 	return piece;

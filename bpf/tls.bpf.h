@@ -20,21 +20,25 @@ enum tls_direction {
 	TLS_ENTERING = 1 << 1, /* a write that has not happened yet */
 };
 
-/* Tells user space how a process uses TLS, once. */
-static __always_inline void announce_tls(__u32 tgid, __u16 notice)
+/* Tells user space how the current process uses TLS, once. A function of its own for the sake of the stack, which all
+ * that call each other share.
+ */
+__noinline int announce_tls(__u64 notice)
 {
+	__u32 tgid = bpf_get_current_pid_tgid() >> 32;
 	struct process *process = bpf_map_lookup_elem(&processes, &tgid);
 	struct record_tls record = { .kind = RECORD_TLS, .notice = notice, .tgid = tgid };
 
 	if (!process)
 		process = announce_process(tgid);
 	if (!process || (process->tls_told & notice))
-		return;
+		return 0;
 	process->tls_told |= notice;
 	record.start_ns = process->start_ns;
 	/* Woken at once: the handshake that is under way is all the time there is to attach to the library. */
 	if (bpf_ringbuf_output(&records, &record, sizeof(record), BPF_RB_FORCE_WAKEUP))
 		count(COUNTER_PROCESSES_LOST);
+	return 0;
 }
 
 /* Programs that switch stacks may do so within a call, and then the return probes of the kernel, which expect calls to end
@@ -50,20 +54,25 @@ static __always_inline bool is_other_stack(__u64 stack) /* of the main thread */
 	return stack && start - stack > OWN_STACK_BYTES; /* above its start it would be a very great number */
 }
 
+/* All zero: the initial value of a thread's entry. */
+static const struct tls_thread zero_tls_thread;
+
 static __always_inline struct tls_thread *tls_thread_of(__u64 pid_tgid)
 {
-	struct tls_thread fresh = { .tgid = pid_tgid >> 32 };
 	struct tls_thread *thread;
-	__u32 tid = pid_tgid;
+	__u32 tid = pid_tgid, tgid = pid_tgid >> 32;
 
 	thread = bpf_map_lookup_elem(&tls_threads, &tid);
-	if (thread && thread->tgid == fresh.tgid)
+	if (thread && thread->tgid == tgid)
 		return thread;
-	if (bpf_map_update_elem(&tls_threads, &tid, &fresh, BPF_ANY)) {
+	if (bpf_map_update_elem(&tls_threads, &tid, &zero_tls_thread, BPF_ANY)) {
 		count(COUNTER_TLS_FULL);
 		return 0;
 	}
-	return bpf_map_lookup_elem(&tls_threads, &tid);
+	thread = bpf_map_lookup_elem(&tls_threads, &tid);
+	if (thread)
+		thread->tgid = tgid;
+	return thread;
 }
 
 /* The key of the connection that an object of the current process is tied to, or 0. A socket that was closed meanwhile,
@@ -135,19 +144,40 @@ __noinline int tie(__u64 object, __u64 sock, __u64 is_memory)
 	return 1;
 }
 
-/* The socket that was assumed for an object is not the one that its bytes were sent to: nothing was seen. */
-static __always_inline void withdraw(struct tls_thread *thread)
+/* The socket that was assumed for an object is not the one that its bytes were sent to: nothing was seen. Of its own like
+ * announce_tls().
+ */
+__noinline int withdraw(__u64 sock)
 {
-	__u64 sock = thread->assumed_sock;
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 
-	thread->assumed_sock = 0;
 	if (!connection)
-		return;
+		return 0;
 	count(COUNTER_TLS_CONTRADICTED);
 	untie(connection);
 	if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE)
 		abandon(connection, COUNTER_CANCELLED, bpf_ktime_get_ns());
+	return 0;
+}
+
+static __always_inline void withdraw_assumed(struct tls_thread *thread)
+{
+	__u64 sock = thread->assumed_sock;
+
+	thread->assumed_sock = 0;
+	if (sock)
+		withdraw(sock);
+}
+
+/* A recycled sock whose close was not seen: nothing of the connection that it was is left. Of its own like announce_tls(). */
+__noinline int end_recycled(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (connection && connection->state != STATE_IDLE)
+		finish(connection, END_CLOSED, bpf_ktime_get_ns());
+	forget(sock);
+	return 0;
 }
 
 /* What was received before has been passed to whom it is for. Global for the reason given at absorb_iovecs(). */
@@ -158,8 +188,7 @@ __noinline int on_tls_wait(__u64 tid)
 
 	if (!thread)
 		return 0;
-	if (thread->assumed_sock)
-		withdraw(thread);
+	withdraw_assumed(thread);
 	thread->received_sock = 0;
 	thread->called_object = 0;
 	return 0;
@@ -175,17 +204,14 @@ __noinline int on_tls_records(__u64 sock, __u64 egress)
 	bool is_memory;
 
 	if (connection && !same_ports((struct sock *)sock, &connection->exchange)) {
-		/* A recycled sock whose close was not seen. */
-		if (connection->state != STATE_IDLE)
-			finish(connection, END_CLOSED, bpf_ktime_get_ns());
-		forget(sock);
+		end_recycled(sock);
 		connection = 0;
 	}
 	if (!connection || !connection->tls_object) {
 		/* Before its library is watched is the best time to learn that it must not be. */
 		bool is_other = tid == pid_tgid >> 32 && is_other_stack(user_stack());
 
-		announce_tls(pid_tgid >> 32, is_other ? TLS_OTHER_STACK : TLS_UNWATCHED);
+		announce_tls(is_other ? TLS_OTHER_STACK : TLS_UNWATCHED);
 	}
 	if (!tls_attached)
 		return 0;
@@ -205,7 +231,7 @@ __noinline int on_tls_records(__u64 sock, __u64 egress)
 		if (egress && thread->assumed_sock == sock)
 			thread->assumed_sock = 0;
 		else
-			withdraw(thread);
+			withdraw_assumed(thread);
 	}
 	if (egress && thread->called_object > TLS_SEVERAL) {
 		struct tls_key key = { .object = thread->called_object, .tgid = thread->tgid };
@@ -313,7 +339,7 @@ __noinline int on_tls_enter(__u64 object, __u64 buffer, __u64 length, __u64 done
 		thread->outer = thread->call;
 	} else {
 		if (((stack & 7) == TLS_HANDSHAKE || !thread->stack) && (__u32)pid_tgid == thread->tgid && is_other_stack(stack))
-			announce_tls(thread->tgid, TLS_OTHER_STACK);
+			announce_tls(TLS_OTHER_STACK);
 		thread->object = object;
 		thread->stack = stack;
 		thread->sock = 0;
@@ -327,7 +353,7 @@ __noinline int on_tls_enter(__u64 object, __u64 buffer, __u64 length, __u64 done
 		else if (thread->called_object != object)
 			thread->called_object = TLS_SEVERAL;
 		if (thread->assumed_sock && thread->called_object != object)
-			withdraw(thread);
+			withdraw_assumed(thread);
 	}
 	thread->call.buffer = buffer;
 	thread->call.length = length;
@@ -445,7 +471,7 @@ __noinline int on_tls_leave(__u64 result)
 	if (!capturing)
 		return 0;
 	if (done) {
-		if (moved == 1 && bpf_probe_read_user(&bytes, sizeof(bytes), (void *)done))
+		if (moved > 0 && bpf_probe_read_user(&bytes, sizeof(bytes), (void *)done))
 			count(COUNTER_READ_FAULT);
 		moved = bytes;
 	}

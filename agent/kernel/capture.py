@@ -11,13 +11,14 @@ import platform
 import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
+from errno import EACCES, EPERM
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
 from agent.elf import function_offsets
-from agent.errors import KernelUnsupportedError, SpanloomError
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
 from agent.kernel import _libbpf
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
@@ -186,6 +187,8 @@ class Capture:
         ``path`` is followed once; what it leads to then is what is watched. Raises SpanloomError when that is refused.
         """
         link = lib.spanloom_attach_uprobe_at(self._program(program), path.encode(), offset, is_return)
+        if link == ffi.NULL and ffi.errno in (EACCES, EPERM):
+            raise PrivilegeError("the kernel refuses probes on programs: TLS is traced with CAP_SYS_ADMIN only")
         if link == ffi.NULL:
             raise _refusal(ffi.errno, f"attach the probe {program}")
         return link

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import msgspec
 
+from agent.elf import function_offsets
+from agent.kernel import _libbpf
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.capture import SOCKET_TRACEPOINTS
 from agent.kernel.refusals import ENOTSUPP, effective_capabilities
@@ -188,6 +190,29 @@ def _find_uprobe() -> Finding:
     def use(program: object, loaded: object) -> Finding:
         found = _detached(lib.spanloom_attach_uprobe(program, library.encode(), b"getppid"))
         return Finding(YES, f"getppid in {library}") if found.state == YES else found
+
+    return _find_program("check_uprobe", use)
+
+
+def _find_uretprobe() -> Finding:
+    """On a function of the agent's own, called by a child that has nothing to lose."""
+    path = _libbpf.__file__
+    with open(path, "rb", buffering=0) as file:
+        offsets = function_offsets(lambda at, count: os.pread(file.fileno(), count, at), ["spanloom_canary"])
+    if not offsets:
+        return Finding(NO, "the binding to libbpf has no symbols", "ENOENT")
+
+    def use(program: object, loaded: object) -> Finding:
+        link = lib.spanloom_attach_uprobe_at(program, path.encode(), offsets["spanloom_canary"], True)
+        if link == ffi.NULL:
+            return _failed(-ffi.errno, "attach")
+        try:
+            died_of = lib.spanloom_canary_under_filter()
+        finally:
+            lib.bpf_link__destroy(link)
+        return (
+            Finding(NO, f"a process under a seccomp filter died of signal {died_of}") if died_of > 0 else Finding(YES)
+        )
 
     return _find_program("check_uprobe", use)
 
@@ -462,7 +487,22 @@ PROBES: tuple[Probe, ...] = (
         "a kernel with CONFIG_KPROBES=y; nothing is captured through it yet",
         _attaches("check_kprobe"),
     ),
-    Probe("uprobe", "uprobes", LATER, "sees into TLS libraries", "a kernel with CONFIG_UPROBES=y", _find_uprobe),
+    Probe(
+        "uprobe",
+        "uprobes",
+        NICER,
+        "HTTPS is traced",
+        "a kernel with CONFIG_UPROBES=y; CAP_SYS_ADMIN among the capabilities",
+        _find_uprobe,
+    ),
+    Probe(
+        "uretprobe",
+        "return probes",
+        NICER,
+        "HTTPS is traced, and programs under seccomp filters live through it",
+        "a kernel without the defect of Linux 6.11 to 6.13 on x86-64 (fixed in 6.14, commit cf6cb56ef244)",
+        _find_uretprobe,
+    ),
     Probe("sk_msg", "sk_msg", LATER, "header injection", "a kernel with CONFIG_NET_SOCK_MSG=y", _loads("check_sk_msg")),
     Probe(
         "sockops", "sockops", LATER, "header injection", "a kernel with CONFIG_CGROUP_BPF=y", _loads("check_sockops")

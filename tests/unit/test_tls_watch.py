@@ -1,0 +1,251 @@
+"""agent.tls_watch: processes and libraries of doubles -> what is attached, taken back and refused."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import pytest
+
+from agent import tls_watch
+from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
+from agent.model import TlsNotice
+from agent.process import ProcessInfo
+from agent.tls_libraries import Function, Library
+from agent.tls_watch import TlsWatch
+
+READ, WRITE, FREE = Function("on_tls_read", 16), Function("on_tls_write", 32), Function("on_tls_free", 48)
+
+
+class Probes:
+    """A kernel that attaches what is wanted, until it is told to refuse."""
+
+    def __init__(self) -> None:
+        self.links: list[tuple[str, int, bool]] = []
+        self.taken_back: list[tuple[str, int, bool]] = []
+        self.refuses: SpanloomError | None = None
+        self.refuses_all: SpanloomError | None = None
+        self.watched = 0
+        self.announces = False
+        self.told_again: list[int] = []
+
+    def try_return(self) -> list[tuple[str, int, bool]]:
+        if self.refuses_all is not None:
+            raise self.refuses_all
+        return []
+
+    def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> tuple[str, int, bool]:
+        if self.refuses is not None and not is_return:
+            raise self.refuses
+        link = program, offset, is_return
+        self.links.append(link)
+        return link
+
+    def unwatch(self, links: Iterable[tuple[str, int, bool]]) -> None:
+        for link in links:
+            self.links.remove(link)
+            self.taken_back.append(link)
+
+    def count_watched(self, files: int) -> None:
+        self.watched = files
+
+    def forget_tls_told(self, tgid: int) -> None:
+        self.told_again.append(tgid)
+
+    def announce_tls(self, wanted: bool) -> None:
+        self.announces = wanted
+
+
+class Libraries:
+    """Which process maps which file; a file is a number."""
+
+    def __init__(self) -> None:
+        self.files: dict[int, list[int]] = {}
+        self.switching: set[int] = set()
+        self.unknown: set[int] = set()
+
+    def processes(self) -> Iterator[int]:
+        return iter(list(self.files))
+
+    def shared(self, tgid: int) -> list[Library] | None:
+        if tgid not in self.files:
+            return None
+        return [
+            Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE))
+            for file in self.files[tgid]
+        ]
+
+    def go_executable(self, tgid: int) -> Library | None:
+        return None
+
+    def executable(self, tgid: int) -> Library | None:
+        return None
+
+    def stays_on_its_stack(self, tgid: int) -> bool:
+        return tgid not in self.unknown
+
+    def switches_stacks(self, tgid: int) -> bool:
+        return tgid in self.switching
+
+    def maps(self, tgid: int, identity: tuple[object, ...]) -> bool:
+        return any((1, file) == identity for file in self.files.get(tgid, ()))
+
+
+def wait_until(condition: Callable[[], object]) -> None:
+    """The thread does something soon."""
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+def process(tgid: int, language: str = "") -> ProcessInfo:
+    return ProcessInfo((tgid, 1), f"program{tgid}", f"/{tgid}", (), language, "", (), True)
+
+
+class Bench:
+    def __init__(self) -> None:
+        self.probes, self.libraries = Probes(), Libraries()
+        self.watch = TlsWatch(self.probes, self.libraries, own_tgid=1, idle_seconds=0)
+
+    def tell(self, tgid: int, notice: TlsNotice = TlsNotice.UNWATCHED, language: str = "") -> None:
+        self.watch.look_at(process(tgid, language), notice)
+
+    def look(self) -> None:
+        """Twice: a file that has no users is let go when it still has none."""
+        self.watch._look_for_users()
+        self.watch._look_for_users()
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    monkeypatch.setattr(tls_watch, "LOOK_SECONDS", 3600.0)  # the test looks itself
+    made = Bench()
+    before = len(os.listdir("/proc/self/fd"))
+    yield made
+    made.watch.stop()
+    assert made.probes.links == []
+    assert made.probes.watched == 0
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_file_is_watched_once_however_many_run_it(bench: Bench):
+    """From the start, and for processes that are told of later; the agent itself is passed over."""
+    bench.libraries.files = {1: [9], 10: [5], 11: [5]}
+    bench.watch.start()
+    assert bench.watch.files == bench.probes.watched == 1
+    bench.libraries.files[12] = [5, 6]
+    bench.tell(12)
+    wait_until(lambda: bench.watch.files == 2)
+    assert bench.watch.attached == 2
+    assert len(bench.probes.links) == 2 * (3 + 2)
+
+
+def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(bench: Bench):
+    """It may be one that switches stacks: the kernel tells with them."""
+    bench.libraries.files = {10: [5], 11: [6]}
+    bench.libraries.unknown = {11}
+    bench.watch.start()
+    assert bench.watch.files == 1
+    bench.tell(11)
+    wait_until(lambda: bench.watch.files == 2)
+
+
+def test_returns_come_first_and_go_last(bench: Bench):
+    """A beginning that is seen is one whose end will be."""
+    bench.libraries.files = {10: [5]}
+    bench.watch.start()
+    assert [link[2] for link in bench.probes.links] == [True, True, False, False, False]
+    bench.watch.stop()
+    assert [link[2] for link in bench.probes.taken_back] == [False, False, False, True, True]
+
+
+def test_a_file_is_let_go_with_its_last_user(bench: Bench):
+    """Not before; and not when somebody runs it who was never told of."""
+    bench.libraries.files = {10: [5], 11: [5]}
+    bench.watch.start()
+    del bench.libraries.files[10]
+    bench.look()
+    assert bench.watch.files == 1
+    bench.libraries.files[12] = bench.libraries.files.pop(11)
+    bench.look()
+    assert bench.watch.files == 1
+    bench.libraries.files.clear()
+    bench.look()
+    assert (bench.watch.files, bench.watch.detached, bench.probes.links) == (0, 1, [])
+
+
+def test_one_process_that_switches_stacks_keeps_probes_off(bench: Bench):
+    """At once and for good, for all that run the file; others are not concerned."""
+    bench.libraries.files = {10: [5], 11: [6]}
+    bench.watch.start()
+    bench.libraries.files[12] = [5]
+    bench.tell(12, TlsNotice.OTHER_STACK)
+    wait_until(lambda: bench.watch.files == 1)
+    bench.libraries.files[13] = [5]
+    bench.tell(13)
+    wait_until(lambda: bench.watch.unseen["stacks"] == 2)
+    assert bench.watch.files == 1
+    assert bench.watch.refused == {"stacks": 1}
+
+
+def test_what_is_known_to_switch_stacks_is_never_watched(bench: Bench):
+    """By its libraries or its executable."""
+    bench.libraries.files = {10: [5]}
+    bench.libraries.switching = {10}
+    bench.watch.start()
+    assert (bench.watch.files, bench.watch.refused, bench.probes.taken_back) == (0, {"stacks": 1}, [])
+
+
+def test_a_refusal_leaves_nothing_attached(bench: Bench):
+    """What was attached before it is taken back, the file is not tried again, and its processes are counted."""
+    bench.probes.refuses = SpanloomError("no")
+    bench.libraries.files = {10: [5], 11: [5]}
+    bench.watch.start()
+    assert (bench.watch.files, bench.probes.links, bench.watch.refused) == (0, [], {"attach": 1})
+    bench.tell(11)
+    wait_until(lambda: bench.watch.unseen["attach"] == 1)
+    assert len(bench.probes.taken_back) == 2
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [(KernelUnsupportedError("x"), "unsafe"), (PrivilegeError("x"), "privilege"), (SpanloomError("x"), "attach")],
+)
+def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError, reason: str, bench: Bench):
+    """The kernel is not even asked to tell of processes."""
+    bench.probes.refuses_all = error
+    bench.libraries.files = {10: [5]}
+    bench.watch.start()
+    bench.tell(10)
+    assert (bench.watch.files, bench.watch.refused, bench.probes.announces) == (0, {reason: 1}, False)
+
+
+def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
+    """Of each process, once it was looked at."""
+    bench.libraries.files = {10: [], 11: []}
+    bench.watch.start()
+    bench.tell(10, language="java")
+    bench.tell(11)
+    bench.tell(12)
+    wait_until(lambda: sum(bench.watch.unseen.values()) == 3)
+    assert bench.watch.unseen == {"java": 1, "no_symbols": 1, "gone": 1}
+
+
+def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """And counted."""
+    monkeypatch.setattr(tls_watch, "MAX_FILES", 2)
+    bench.libraries.files = {10: [1, 2, 3, 4]}
+    bench.watch.start()
+    assert (bench.watch.files, bench.watch.refused) == (2, {"too_many": 2})
+
+
+def test_more_processes_than_can_wait_are_told_of_again(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """The kernel forgets that it told of them."""
+    monkeypatch.setattr(tls_watch, "MAX_WAITING", 1)
+    full = Bench()
+    full.watch._thread = bench  # nobody takes what waits
+    full.tell(10)
+    full.tell(11)
+    assert full.probes.told_again == [11]
