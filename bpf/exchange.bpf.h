@@ -152,10 +152,15 @@ static __always_inline __u32 copy_piece(struct connection *connection, __u32 lim
 		piece = length;
 	if (piece > COPY_SLACK)
 		piece = COPY_SLACK;
+	if (!piece)
+		return 0;
 	opaque(piece);
-	opaque(offset); /* compared above as half a register, which verifiers before 5.13 forget when it goes to the stack */
-	if (offset >= request_cap + response_cap || piece > COPY_SLACK ||
-	    bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
+	/* What is compared may be another copy than what is used, and half a register is forgotten when it goes to the stack
+	 * (verifiers before 5.13): a mask bounds the size, 1 to COPY_SLACK, and the offset is compared once more.
+	 */
+	piece = ((piece - 1) & (COPY_SLACK - 1)) + 1;
+	opaque(offset);
+	if (offset >= request_cap + response_cap || bpf_probe_read_user(connection->data + offset, piece, (void *)buffer))
 		return 0;
 	connection->data_length = offset + piece;
 	return piece;
