@@ -140,8 +140,9 @@ class Capture(Section, frozen=True):
     tls: Annotated[
         bool,
         _help(
-            "Whether HTTPS is traced: what processes give to OpenSSL, BoringSSL, LibreSSL and GnuTLS, or get from "
-            "them, is read where they call the library. Processes that use TLS in another way are named in the log."
+            "Whether HTTPS is traced: what processes give to OpenSSL, BoringSSL, LibreSSL, GnuTLS and Go's crypto/tls, "
+            "or get from them, is read where they call the library. Processes that use TLS in another way are named "
+            "in the log."
         ),
     ] = True
     tls_idle_seconds: Annotated[

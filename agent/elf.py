@@ -9,6 +9,8 @@ from __future__ import annotations
 import struct
 from collections.abc import Callable, Collection, Iterator
 
+import msgspec
+
 ReadAt = Callable[[int, int], bytes]
 """``read_at(offset, count)`` returns at most ``count`` bytes."""
 
@@ -17,6 +19,7 @@ _TABLE_BYTES = 64 * 1024
 _SYMBOLS_BYTES = 32 << 20
 """Of one symbol table: a million symbols. The executable of Node.js has a twelfth of it."""
 _NAMES_BYTES = 64 << 20
+_NAMES_OF_SECTIONS_BYTES = 64 * 1024
 _TABLES = 4
 """Symbol tables that are looked at; linkers make two."""
 _CANDIDATES = 65536
@@ -32,40 +35,103 @@ _SYMBOL = struct.Struct("<IBBHQQ")
 _OFFSET_MAX = 2**62
 
 
-def function_offsets(read_at: ReadAt, names: Collection[str]) -> dict[str, int]:
-    """The file offsets of those of the functions that the file defines in its symbol tables.
+class Segment(msgspec.Struct, frozen=True):
+    """A part of the file that is mapped when it runs."""
 
-    64-bit little-endian files only, which is what every supported machine runs. Layouts: System V ABI, "ELF header",
-    "Sections", "Symbol table", "Program header".
+    flags: int  # PF_X 1, PF_W 2, PF_R 4
+    offset: int
+    address: int
+    bytes_in_file: int
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A section; ``name`` is an offset in the names of sections. One that lies beyond every file is empty."""
+
+    name: int
+    kind: int
+    offset: int
+    size: int
+    link: int
+    entry_size: int
+
+
+class Layout(msgspec.Struct, frozen=True):
+    """What the headers say. Either list may be empty: a file runs without sections."""
+
+    machine: int
+    segments: tuple[Segment, ...]
+    sections: tuple[Section, ...]
+    names: int  # index of the section with the names of sections
+
+    def offset_of(self, address: int) -> int | None:
+        """Where in the file a byte of the running program lies."""
+        for segment in self.segments:
+            if segment.address <= address < segment.address + segment.bytes_in_file:
+                return address - segment.address + segment.offset
+        return None
+
+    def sections_named(self, read_at: ReadAt, names: Collection[str]) -> list[Section]:
+        """The sections of these names, in the order of the file."""
+        if self.names >= len(self.sections):
+            return []
+        table = self.sections[self.names]
+        data = read_at(table.offset, min(table.size, _NAMES_OF_SECTIONS_BYTES))
+        wanted = {name.encode() for name in names}
+        return [one for one in self.sections if data[one.name : data.find(b"\0", one.name)] in wanted]
+
+
+def read_layout(read_at: ReadAt) -> Layout | None:
+    """The headers of a 64-bit little-endian file, which is what every supported machine runs; None for another one.
+
+    Layouts: System V ABI, "ELF header", "Sections", "Program header".
     """
     header = read_at(0, 64)
     if len(header) < 64 or header[:6] != b"\x7fELF\x02\x01":
-        return {}
+        return None
+    (machine,) = struct.unpack_from("<H", header, 18)
     segments_offset, sections_offset = struct.unpack_from("<QQ", header, 32)
-    segment_size, segment_count, section_size, section_count = struct.unpack_from("<4H", header, 54)
-    if segment_size != _SEGMENT.size or section_size != _SECTION.size:
+    segment_size, segment_count, section_size, section_count, names = struct.unpack_from("<5H", header, 54)
+    segments = sections = iter(())
+    if segment_size == _SEGMENT.size:
+        segments = _table(read_at, segments_offset, segment_count, _SEGMENT)
+    if section_size == _SECTION.size:
+        sections = _table(read_at, sections_offset, section_count, _SECTION)
+    return Layout(
+        machine,
+        tuple(
+            Segment(flags, offset, address, in_file)
+            for kind, flags, offset, address, _, in_file, _, _ in segments
+            if kind == _LOAD and offset <= _OFFSET_MAX
+        ),
+        tuple(
+            Section(name, kind, *((offset, size) if offset <= _OFFSET_MAX else (0, 0)), link, entry_size)
+            for name, kind, _, _, offset, size, link, _, _, entry_size in sections
+        ),
+        names,
+    )
+
+
+def function_offsets(read_at: ReadAt, names: Collection[str]) -> dict[str, int]:
+    """The file offsets of those of the functions that the file defines in its symbol tables.
+
+    Layout: System V ABI, "Symbol table".
+    """
+    layout = read_layout(read_at)
+    if layout is None:
         return {}
-    segments = [
-        (offset, address, in_file)
-        for kind, _, offset, address, _, in_file, _, _ in _table(read_at, segments_offset, segment_count, _SEGMENT)
-        if kind == _LOAD and offset <= _OFFSET_MAX
-    ]
-    sections = list(_table(read_at, sections_offset, section_count, _SECTION))
+    sections = layout.sections
     wanted = {name.encode(): name for name in names}
     found: dict[str, int] = {}
-    tables = sorted((one for one in sections if one[1] in _SYMBOL_TABLES), key=lambda one: -one[1])
-    for _, _, _, _, offset, size, link, _, _, entry_size in tables[:_TABLES]:
-        if link >= len(sections) or entry_size != _SYMBOL.size:
+    tables = sorted((one for one in sections if one.kind in _SYMBOL_TABLES), key=lambda one: -one.kind)
+    for table in tables[:_TABLES]:
+        if table.link >= len(sections) or table.entry_size != _SYMBOL.size:
             continue
-        names_offset, names_size = sections[link][4], sections[link][5]
-        if max(offset, names_offset) > _OFFSET_MAX:
-            continue
-        indices = _names_at(read_at, names_offset, min(names_size, _NAMES_BYTES), wanted)
-        for index, address in _symbols(read_at, offset, min(size, _SYMBOLS_BYTES), indices):
-            name = indices[index]
-            for segment_offset, start, length in segments:
-                if start <= address < start + length and name not in found:
-                    found[name] = address - start + segment_offset
+        strings = sections[table.link]
+        indices = names_at(read_at, strings.offset, min(strings.size, _NAMES_BYTES), wanted)
+        for index, address in _symbols(read_at, table.offset, min(table.size, _SYMBOLS_BYTES), indices):
+            offset = layout.offset_of(address)
+            if offset is not None:
+                found.setdefault(indices[index], offset)
     return found
 
 
@@ -76,7 +142,7 @@ def _table(read_at: ReadAt, offset: int, count: int, entry: struct.Struct) -> It
     return entry.iter_unpack(data[: len(data) // entry.size * entry.size])
 
 
-def _chunks(read_at: ReadAt, offset: int, size: int, overlap: int) -> Iterator[tuple[int, bytes]]:
+def chunks(read_at: ReadAt, offset: int, size: int, overlap: int) -> Iterator[tuple[int, bytes]]:
     """The bytes in pieces, each with its place; one begins ``overlap`` bytes before the end of the one before it."""
     done = 0
     while done < size:
@@ -89,12 +155,12 @@ def _chunks(read_at: ReadAt, offset: int, size: int, overlap: int) -> Iterator[t
         done += len(data) - overlap
 
 
-def _names_at(read_at: ReadAt, offset: int, size: int, wanted: dict[bytes, str]) -> dict[int, str]:
+def names_at(read_at: ReadAt, offset: int, size: int, wanted: dict[bytes, str]) -> dict[int, str]:
     """Where the names stand in a string table, whole strings only."""
     found: dict[int, str] = {}
     strings = {b"\0" + name + b"\0": name for name in wanted}
     overlap = max(map(len, strings), default=1) - 1
-    for start, data in _chunks(read_at, offset, size, overlap):
+    for start, data in chunks(read_at, offset, size, overlap):
         for string, name in strings.items():
             at = data.find(string)
             if at >= 0:
@@ -110,7 +176,7 @@ def _symbols(read_at: ReadAt, offset: int, size: int, indices: dict[int, str]) -
         return
     patterns = [struct.pack("<I", index) for index in indices]
     candidates = 0
-    for _, data in _chunks(read_at, offset, size - size % _SYMBOL.size, 0):
+    for _, data in chunks(read_at, offset, size - size % _SYMBOL.size, 0):
         for pattern in patterns:
             at = data.find(pattern)
             while at >= 0 and candidates < _CANDIDATES:

@@ -11,12 +11,13 @@ from __future__ import annotations
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 
-from agent.elf import ReadAt, function_offsets
+from agent.elf import ReadAt, function_offsets, read_layout
+from agent.go_binary import GoUnseenError, crypto_tls_calls
 from agent.process import ProcessInfo, language_of_elf
 
 _MAPS_BYTES = 1024 * 1024
@@ -66,14 +67,15 @@ class Function(msgspec.Struct, frozen=True):
 
 
 class Library(msgspec.Struct, frozen=True):
-    """A file whose TLS functions can be watched. It is held open until ``close()``, so that ``path`` leads to it even
-    when the process that showed it has ended.
+    """A file whose TLS functions can be watched, or the executable of a Go program with the ``reason`` why they cannot.
+    It is held open until ``close()``, so that ``path`` leads to it even when the process that showed it has ended.
     """
 
     identity: Identity
     descriptor: int
     name: str
     functions: tuple[Function, ...]
+    reason: str = ""
 
     @property
     def path(self) -> str:
@@ -96,7 +98,7 @@ class Libraries:
 
     def __init__(self, proc_root: Path = Path("/proc")) -> None:
         self._proc_root = os.fspath(proc_root)
-        self._known: OrderedDict[Identity, tuple[Function, ...]] = OrderedDict()
+        self._known: OrderedDict[Identity, tuple[tuple[Function, ...], str]] = OrderedDict()
         self._switching: OrderedDict[Identity, bool] = OrderedDict()
 
     def processes(self) -> Iterator[int]:
@@ -126,17 +128,24 @@ class Libraries:
         return None if mapped is None else list(found.values())
 
     def executable(self, tgid: int) -> Library | None:
-        """The executable of a process, when it defines the functions of a TLS library itself; to be closed.
+        """The executable of a process, when it defines the functions of a TLS library itself, or is a Go program's; to
+        be closed.
 
-        That of a Go program is left alone, whatever it defines: its stacks move, and a return probe would write into
-        what was copied elsewhere.
+        Of a Go program only Go's own TLS is watched, whatever it defines: its stacks move, and a return probe would
+        write into what was copied elsewhere.
         """
+        return self._look(*self._open_executable(tgid), self._functions_of_executable)
+
+    def go_executable(self, tgid: int) -> Library | None:
+        """The executable of a process, if it is a Go program; to be closed. Of others little is read."""
+        return self._look(*self._open_executable(tgid), self._functions_of_go)
+
+    def _open_executable(self, tgid: int) -> tuple[int | None, str]:
         fd = _open(f"{self._proc_root}/{tgid}/exe")
         try:
-            name = os.path.basename(os.readlink(f"{self._proc_root}/{tgid}/exe")).removesuffix(" (deleted)")
+            return fd, os.path.basename(os.readlink(f"{self._proc_root}/{tgid}/exe")).removesuffix(" (deleted)")
         except OSError:
-            name = ""
-        return self._look(fd, name, is_executable=True)
+            return fd, ""
 
     def switches_stacks(self, tgid: int) -> bool:
         """Whether the process may leave a call of a TLS library half-way: probes on returns could crash it."""
@@ -206,8 +215,12 @@ class Libraries:
                 fd = None
         return fd
 
-    def _look(self, fd: int | None, name: str, *, is_executable: bool = False) -> Library | None:
-        """What the file is, which is closed unless it is returned."""
+    def _look(
+        self, fd: int | None, name: str, find: Callable[[ReadAt], tuple[tuple[Function, ...], str] | None] | None = None
+    ) -> Library | None:
+        """What the file is, which is closed unless it is returned. ``find`` finds functions in it, or why there are
+        none to watch; None when it has not looked closely.
+        """
         if fd is None:
             return None
         library = None
@@ -216,14 +229,15 @@ class Libraries:
             identity = status.st_dev, status.st_ino
             # The same file may have been changed in its place since it was looked at.
             known_as = (*identity, status.st_size, status.st_mtime_ns)
-            functions = self._known.get(known_as)
-            if functions is None:
-                functions = self._functions(fd, is_executable)
-                if len(self._known) >= _KNOWN_FILES:
-                    self._known.popitem(last=False)
-                self._known[known_as] = functions
-            if functions:
-                library = Library(identity, fd, name, functions)
+            found = self._known.get(known_as)
+            if found is None:
+                found = (find or self._functions)(lambda offset, count: os.pread(fd, count, offset))
+                if found is not None:
+                    if len(self._known) >= _KNOWN_FILES:
+                        self._known.popitem(last=False)
+                    self._known[known_as] = found
+            if found is not None and any(found):
+                library = Library(identity, fd, name, *found)
         except OSError:
             pass  # it is gone
         finally:
@@ -232,12 +246,7 @@ class Libraries:
         return library
 
     @staticmethod
-    def _functions(fd: int, is_executable: bool) -> tuple[Function, ...]:
-        def read_at(offset: int, count: int) -> bytes:
-            return os.pread(fd, count, offset)
-
-        if is_executable and language_of_elf(read_at) == "go":
-            return ()
+    def _functions(read_at: ReadAt) -> tuple[tuple[Function, ...], str]:
         offsets = function_offsets(read_at, _NAMES)
         functions: dict[int, Function] = {}
         for family, needed in zip(FAMILIES, _NEEDED, strict=True):
@@ -252,7 +261,29 @@ class Libraries:
                     functions.pop(offsets[plain], None)
                     functions.pop(offsets[extended], None)
                     functions[inner] = Function(program, inner)
-        return tuple(functions.values())
+        return tuple(functions.values()), ""
+
+    def _functions_of_executable(self, read_at: ReadAt) -> tuple[tuple[Function, ...], str]:
+        return self._functions_of_go(read_at) or self._functions(read_at)
+
+    @staticmethod
+    def _functions_of_go(read_at: ReadAt) -> tuple[tuple[Function, ...], str] | None:
+        is_go = language_of_elf(read_at) == "go"
+        if not is_go:
+            layout = read_layout(read_at)
+            if layout is None or layout.sections:
+                return None
+        # Without sections nothing else tells: a Go program is what has Go's table of functions.
+        try:
+            read, write = crypto_tls_calls(read_at)
+        except GoUnseenError as error:
+            return ((), error.reason) if is_go or error.reason != "go_layout" else None
+        return (
+            Function("on_go_read", read.entry),
+            Function("on_go_write", write.entry),
+            *(Function("on_go_read_return", offset) for offset in read.returns),
+            *(Function("on_go_write_return", offset) for offset in write.returns),
+        ), ""
 
 
 def _open(path: str) -> int | None:

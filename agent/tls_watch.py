@@ -13,7 +13,7 @@ import queue
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
@@ -37,6 +37,7 @@ LOOK_SECONDS = 5.0
 _LOGGED_EXECUTABLES = 256
 _LOGGED_PROCESSES = 10
 _RETURNS = frozenset(("on_tls_read", "on_tls_read_ex", "on_tls_write", "on_tls_write_ex", "on_tls_handshake"))
+_GO_RETURNS = frozenset(("on_go_read_return", "on_go_write_return"))
 
 
 class Probes(Protocol):
@@ -54,7 +55,7 @@ class _Watched:
     def __init__(self, name: str, links: list[Any], returns: int) -> None:
         self.name = name
         self.links = links
-        self.returns = returns  # so many of the links, the first ones
+        self.returns = returns  # so many of the links, the first ones, are where calls end
         self.users: set[int] = set()
         self.unused_since: float | None = None
 
@@ -147,12 +148,16 @@ class TlsWatch:
 
     def _run(self) -> None:
         look_at = time.monotonic() + LOOK_SECONDS
+        survey: Iterator[int] | None = iter(list(self._libraries.processes()))
         while True:
             try:
-                told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
-                if told is None:
-                    return
-                self._examine(*told)
+                if survey is not None and self._waiting.empty():
+                    survey = self._survey(survey)
+                else:
+                    told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
+                    if told is None:
+                        return
+                    self._examine(*told)
             except queue.Empty:
                 pass
             except Exception:  # a process that nobody foresaw must not end the watch over all others
@@ -162,14 +167,31 @@ class TlsWatch:
                 self._look_for_users()
                 look_at = time.monotonic() + LOOK_SECONDS
 
+    def _survey(self, processes: Iterator[int]) -> Iterator[int] | None:
+        """Watch the next Go program that ran before the agent; None when there are no more.
+
+        Its first connection would tell of it, but the request that comes with that one is over before the probes are
+        there. Those who are told of meanwhile come first.
+        """
+        for tgid in processes:
+            library = self._libraries.go_executable(tgid) if tgid != self._own_tgid else None
+            if library is not None:
+                self._use(library, tgid)
+                return processes
+        return None
+
     def _examine(self, info: ProcessInfo, notice: int) -> None:
         tgid = info.key[0]
         found = self._libraries.shared(tgid)
         if found is None:
             self._report(info, "gone")
             return
-        if not found and (executable := self._libraries.executable(tgid)) is not None:
-            found = [executable]
+        if not found or info.language == "go":  # which may use a library beside Go's own TLS
+            executable = self._libraries.executable(tgid)
+            if executable is not None and executable.reason == "go_no_tls" and found:
+                executable.close()
+            elif executable is not None:
+                found.append(executable)
         if not found:
             # The executable of a process that has ended meanwhile cannot be read any more.
             self._report(info, "gone" if self._libraries.shared(tgid) is None else why_unseen(info))
@@ -185,7 +207,9 @@ class TlsWatch:
         Probes are on the file, whoever runs it: one process that they could crash keeps them off for all.
         """
         try:
-            if is_unsafe or self._libraries.switches_stacks(tgid):
+            if library.reason:
+                return library.reason
+            if _has_returns(library) and (is_unsafe or self._libraries.switches_stacks(tgid)):
                 self._refuse(library, "stacks", "a process that runs it switches stacks")
             return self._watch(library, tgid)
         finally:
@@ -217,7 +241,7 @@ class TlsWatch:
             except SpanloomError as error:
                 self._refuse(library, "attach", str(error))
                 return "attach"
-            watched = self._watched[library.identity] = _Watched(library.name, links, _returns(library))
+            watched = self._watched[library.identity] = _Watched(library.name, links, len(_ends(library)))
             self.attached += 1
             self._probes.count_watched(len(self._watched))
             event(_log, "tls_attached", library=library.name, functions=len(library.functions), pid=tgid)
@@ -227,16 +251,16 @@ class TlsWatch:
         return ""
 
     def _attach(self, library: Library) -> list[Any]:
-        """Returns come first: a call whose beginning was seen is one whose end will be."""
+        """Ends come first: a call whose beginning was seen is one whose end will be."""
         links: list[Any] = []
         try:
+            for program, offset, is_return in _ends(library):
+                links.append(self._probes.watch_call(program, library.path, offset, is_return=is_return))
             for function in library.functions:
-                if function.program in _RETURNS:
+                if function.program not in _GO_RETURNS:
                     links.append(
-                        self._probes.watch_call("on_tls_return", library.path, function.offset, is_return=True)
+                        self._probes.watch_call(function.program, library.path, function.offset, is_return=False)
                     )
-            for function in library.functions:
-                links.append(self._probes.watch_call(function.program, library.path, function.offset, is_return=False))
         except BaseException:
             self._probes.unwatch(links)
             raise
@@ -298,5 +322,18 @@ class TlsWatch:
             )
 
 
-def _returns(library: Library) -> int:
-    return sum(function.program in _RETURNS for function in library.functions)
+def _has_returns(library: Library) -> bool:
+    return any(function.program in _RETURNS for function in library.functions)
+
+
+def _ends(library: Library) -> list[tuple[str, int, bool]]:
+    """Where calls end: program, offset, and whether it is the return of the function there. In Go code it is an
+    instruction like any other.
+    """
+    ends = []
+    for function in library.functions:
+        if function.program in _RETURNS:
+            ends.append(("on_tls_return", function.offset, True))
+        elif function.program in _GO_RETURNS:
+            ends.append((function.program, function.offset, False))
+    return ends

@@ -45,6 +45,12 @@
 #define CALL_ARG4(regs) ((regs)->cx)
 #define CALL_STACK(regs) ((regs)->sp)
 #define CALL_RESULT(regs) ((regs)->ax)
+/* The same of a Go function, and the goroutine: src/cmd/compile/abi-internal.md in Go's source, "amd64 architecture". */
+#define GO_ARG1(regs) ((regs)->ax)
+#define GO_ARG2(regs) ((regs)->bx)
+#define GO_ARG3(regs) ((regs)->cx)
+#define GO_RESULT(regs) ((regs)->ax)
+#define GO_GOROUTINE(regs) ((regs)->r14)
 
 #elif defined(__TARGET_ARCH_arm64)
 #define NR_epoll_pwait 22
@@ -83,6 +89,12 @@
 #define CALL_ARG4(regs) ((regs)->regs[3])
 #define CALL_STACK(regs) ((regs)->sp)
 #define CALL_RESULT(regs) ((regs)->regs[0])
+/* The same of a Go function, and the goroutine: src/cmd/compile/abi-internal.md in Go's source, "arm64 architecture". */
+#define GO_ARG1(regs) ((regs)->regs[0])
+#define GO_ARG2(regs) ((regs)->regs[1])
+#define GO_ARG3(regs) ((regs)->regs[2])
+#define GO_RESULT(regs) ((regs)->regs[0])
+#define GO_GOROUTINE(regs) ((regs)->regs[28])
 
 #else
 #error "define __TARGET_ARCH_x86 or __TARGET_ARCH_arm64"

@@ -15,7 +15,7 @@
 
 /* The suffix after ___ is dropped when CO-RE looks the type up: one flavour per architecture. */
 struct pt_regs___x86 {
-	unsigned long di, si, dx, cx, r10, r8, r9, ax, orig_ax, cs, sp;
+	unsigned long di, si, dx, cx, bx, r10, r14, r8, r9, ax, orig_ax, cs, sp;
 };
 
 struct pt_regs___arm64_frame { /* libbpf 1.5 has a pt_regs___arm64 of its own */

@@ -424,8 +424,10 @@ static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u64 objec
 	return 0;
 }
 
-/* A write that was handled at its entry has ended. Of its own, so that its stack is not its caller's as well. */
-__noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 result)
+/* A write that was handled at its entry, when the thread was `pid_tgid`, has ended. Of its own, so that its stack is not
+ * its caller's as well.
+ */
+__noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 result, __u64 pid_tgid)
 {
 	long moved = result;
 	struct transfer transfer = { .buffer = buffer, .length = moved };
@@ -437,7 +439,7 @@ __noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 resu
 		if (moved > 0)
 			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
 	} else if (moved != offered || offered > MAY_BLOCK_BYTES) {
-		settle_write(connection, moved, bpf_get_current_pid_tgid());
+		settle_write(connection, moved, pid_tgid);
 	}
 	return 0;
 }
@@ -485,7 +487,7 @@ __noinline int on_tls_leave(__u64 result)
 	if (operation == TLS_HANDSHAKE)
 		return 0;
 	if (entered)
-		on_write_left(entered, buffer, length, sock == entered ? moved : -1);
+		on_write_left(entered, buffer, length, sock == entered ? moved : -1, pid_tgid);
 	if (moved <= 0 || (entered && sock == entered))
 		return 0;
 	if (!sock)

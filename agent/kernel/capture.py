@@ -50,6 +50,10 @@ TLS_PROGRAMS = (
     "on_tls_handshake",
     "on_tls_free",
     "on_tls_return",
+    "on_go_read",
+    "on_go_write",
+    "on_go_read_return",
+    "on_go_write_return",
 )
 """What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
 UNWATCH_THREADS = 64
@@ -176,7 +180,13 @@ class Capture:
     # -- TLS libraries
 
     def announce_tls(self, wanted: bool) -> None:
-        """Choose whether records tell of processes that use TLS in ways that are not watched. Live."""
+        """Choose whether records tell of processes that use TLS in ways that are not watched. Live.
+
+        Call it with True before anything is watched: calls of Go programs that were under way when the probes were
+        taken back have returned unseen since, and are forgotten.
+        """
+        if wanted:
+            self._empty("go_calls")
         self._set("tls_enabled", wanted)
 
     def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any:
@@ -345,10 +355,9 @@ class Capture:
             "tls_objects",
             "tls_candidates",
             "tls_threads",
+            "go_calls",
         ):
-            descriptor = lib.bpf_map__fd(self._map(name))
-            for key in self._keys(name):
-                lib.bpf_map_delete_elem(descriptor, key)
+            self._empty(name)
         self._tracked[0] = 0
         ffi.cast("uint64_t *", self._variable(".bss", "stream_connections", 8))[0] = 0
         self._release_sweep()
@@ -450,6 +459,11 @@ class Capture:
                 start_ns, state, *_ = self._process.unpack(ffi.buffer(value))
                 if start_ns and state == PROCESS_IGNORED:
                     lib.bpf_map_delete_elem(descriptor, wanted)
+
+    def _empty(self, name: str) -> None:
+        descriptor = lib.bpf_map__fd(self._map(name))
+        for key in self._keys(name):
+            lib.bpf_map_delete_elem(descriptor, key)
 
     def _keys(self, name: str) -> list[Any]:
         """The keys of a map at this moment, as bytes in memory; one that changes meanwhile may be missed."""

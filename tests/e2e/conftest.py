@@ -7,6 +7,8 @@ skips them, all of them.
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
@@ -77,6 +79,33 @@ def public_path() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="spanloom-test-") as directory:
         Path(directory).chmod(0o755)
         yield Path(directory)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A self-signed certificate of localhost and its key, in one file that everybody may read."""
+    directory = tmp_path_factory.mktemp("certificate")
+    made = directory / "localhost.pem"
+    key, cert = directory / "key", directory / "cert"
+    subprocess.run(
+        [
+            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
+            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert),
+        ],
+        check=True,
+        capture_output=True,
+        env=clean_environment(),
+    )
+    made.write_text(key.read_text() + cert.read_text())
+    return made
+
+
+@pytest.fixture
+def pem(certificate: Path, public_path: Path) -> Path:
+    """The same where workers of servers can read it."""
+    shutil.copy(certificate, public_path / "localhost.pem")
+    (public_path / "localhost.pem").chmod(0o644)
+    return public_path / "localhost.pem"
 
 
 @pytest.fixture

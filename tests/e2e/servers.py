@@ -216,11 +216,15 @@ def go_between(port: int, next_port: int, directory: Path) -> Server:
 
 
 def go_program(directory: Path) -> Path:
-    """The built Go program. The toolchain's cache makes every build but the first quick; no network is used."""
-    program = directory / "go_http"
+    """The built Go program."""
+    return go_build(APPS / "go_http", directory / "go_http")
+
+
+def go_build(source: Path, program: Path, *, ldflags: str = "", mode: str = "exe") -> Path:
+    """Build a Go program. The toolchain's cache makes every build but the first quick; no network is used."""
     built = subprocess.run(
-        ["go", "build", "-o", program, "."],
-        cwd=APPS / "go_http",
+        ["go", "build", f"-buildmode={mode}", f"-ldflags={ldflags}", "-o", program, "."],
+        cwd=source,
         env=clean_environment(GOFLAGS="-mod=mod", GOTOOLCHAIN="local", GOPROXY="off", CGO_ENABLED="0"),
         capture_output=True,
         text=True,

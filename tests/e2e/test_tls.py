@@ -23,33 +23,6 @@ from tests.e2e.test_capabilities import dropping_all_but
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-@pytest.fixture(scope="module")
-def certificate(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A self-signed certificate of localhost and its key, in one file that everybody may read."""
-    directory = tmp_path_factory.mktemp("certificate")
-    made = directory / "localhost.pem"
-    key, cert = directory / "key", directory / "cert"
-    subprocess.run(
-        [
-            *("openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"),
-            *("-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1", "-keyout", key, "-out", cert),
-        ],
-        check=True,
-        capture_output=True,
-        env=clean_environment(),
-    )
-    made.write_text(key.read_text() + cert.read_text())
-    return made
-
-
-@pytest.fixture
-def pem(certificate: Path, public_path: Path) -> Path:
-    """The same where workers of servers can read it."""
-    shutil.copy(certificate, public_path / "localhost.pem")
-    (public_path / "localhost.pem").chmod(0o644)
-    return public_path / "localhost.pem"
-
-
 def nginx(port: int, directory: Path, pem: Path, extra: str = "", version: str = "TLSv1.3", http: str = "") -> Server:
     """nginx on ``port`` with TLS of one version; without TLS it answers on a port of its own that nobody asks."""
     secured = f"""

@@ -11,6 +11,7 @@ import pytest
 from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.tls_libraries import Libraries, inner_function, why_unseen
+from tests.unit.test_go_binary import make
 
 OPENSSL = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
 
@@ -117,6 +118,25 @@ def test_programs_that_switch_stacks_are_known_by_their_libraries(
     """Only those whose names say it."""
     processes.add(7, path, links=False)
     assert Libraries(tmp_path).switches_stacks(7) is expected
+
+
+def test_go_programs_are_known_by_their_table(tmp_path: Path):
+    """Even without sections: what is watched of them, or why nothing is; a program of another kind is not one."""
+    (tmp_path / "7").mkdir()
+    executable = tmp_path / "7" / "exe"
+    libraries = Libraries(tmp_path)
+    for data, programs, reason in (
+        (make(has_sections=False), ["on_go_read", "on_go_write", *["on_go_read_return"] * 2, "on_go_write_return"], ""),
+        (make(has_sections=False, names=("a", "b")), [], "go_no_tls"),
+    ):
+        executable.write_bytes(data)
+        for library in (libraries.go_executable(7), libraries.executable(7)):
+            assert library is not None
+            assert ([function.program for function in library.functions], library.reason) == (programs, reason)
+            library.close()
+        executable.unlink()
+    executable.write_bytes(b"\x7fELF\x02\x01" + bytes(58))
+    assert libraries.go_executable(7) is libraries.executable(7) is None
 
 
 def machine_code(plain: bytes, extended: bytes, inner: bytes, inner_at: int = 0x100) -> bytes:

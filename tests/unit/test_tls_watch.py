@@ -16,6 +16,12 @@ from agent.tls_libraries import Function, Library
 from agent.tls_watch import TlsWatch
 
 READ, WRITE, FREE = Function("on_tls_read", 16), Function("on_tls_write", 32), Function("on_tls_free", 48)
+GO = (
+    Function("on_go_read", 16),
+    Function("on_go_write", 32),
+    Function("on_go_read_return", 20),
+    Function("on_go_write_return", 40),
+)
 
 
 class Probes:
@@ -62,22 +68,29 @@ class Libraries:
 
     def __init__(self) -> None:
         self.files: dict[int, list[int]] = {}
+        self.go: dict[int, str] = {}  # executables of Go programs, numbered as their processes: why not, or ""
         self.switching: set[int] = set()
         self.unknown: set[int] = set()
 
     def processes(self) -> Iterator[int]:
-        return iter(list(self.files))
+        return iter(list(self.files | self.go))
 
     def shared(self, tgid: int) -> list[Library] | None:
-        if tgid not in self.files:
+        if tgid not in self.files and tgid not in self.go:
             return None
         return [
             Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE))
-            for file in self.files[tgid]
+            for file in self.files.get(tgid, ())
         ]
 
     def executable(self, tgid: int) -> Library | None:
-        return None
+        if tgid not in self.go:
+            return None
+        reason = self.go[tgid]
+        descriptor = os.open("/dev/null", os.O_RDONLY)
+        return Library((2, tgid), descriptor, f"go{tgid}", () if reason else GO, reason)
+
+    go_executable = executable
 
     def stays_on_its_stack(self, tgid: int) -> bool:
         return tgid not in self.unknown
@@ -86,7 +99,8 @@ class Libraries:
         return tgid in self.switching
 
     def maps(self, tgid: int, identity: tuple[object, ...]) -> bool:
-        return any((1, file) == identity for file in self.files.get(tgid, ()))
+        found = [(1, file) for file in self.files.get(tgid, ())]
+        return identity in found or (tgid in self.go and identity == (2, tgid))
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -246,3 +260,39 @@ def test_more_processes_than_can_wait_are_told_of_again(bench: Bench, monkeypatc
     full.tell(10)
     full.tell(11)
     assert full.probes.told_again == [11]
+
+
+def test_go_programs_are_watched_from_the_start_without_return_probes(bench: Bench):
+    """Where their calls return is watched first and let go last, by instructions; whatever stacks they run on."""
+    bench.libraries.go = {10: ""}
+    bench.libraries.switching = bench.libraries.unknown = {10}
+    bench.watch.start()
+    wait_until(lambda: bench.watch.files == 1)
+    assert [link[:2] for link in bench.probes.links] == [
+        ("on_go_read_return", 20),
+        ("on_go_write_return", 40),
+        ("on_go_read", 16),
+        ("on_go_write", 32),
+    ]
+    assert not any(is_return for *_, is_return in bench.probes.links)
+    bench.tell(10, TlsNotice.OTHER_STACK, language="go")
+    wait_until(lambda: bench.watch._waiting.empty())
+    bench.libraries.go.clear()
+    bench.look()
+    assert [link[0] for link in bench.probes.taken_back][2:] == ["on_go_read_return", "on_go_write_return"]
+    assert not bench.watch.refused
+
+
+def test_a_go_program_may_use_a_library_as_well(bench: Bench):
+    """Both are watched; one without TLS of its own is not reported for that."""
+    bench.libraries.unknown = {10, 11}
+    bench.watch.start()
+    bench.libraries.files = {10: [5], 11: [5]}
+    bench.libraries.go = {10: "", 11: "go_no_tls"}
+    bench.tell(10, language="go")
+    wait_until(lambda: bench.watch.files == 2)
+    bench.tell(11, language="go")
+    bench.libraries.go[12] = "go_old"
+    bench.tell(12, language="go")
+    wait_until(lambda: bench.watch.unseen)
+    assert bench.watch.unseen == {"go_old": 1}
