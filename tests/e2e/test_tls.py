@@ -23,10 +23,12 @@ from tests.e2e.test_capabilities import dropping_all_but
 SYSTEM_PYTHON = "/usr/bin/python3"
 
 
-def nginx(port: int, directory: Path, pem: Path, extra: str = "", version: str = "TLSv1.3", http: str = "") -> Server:
+def nginx(
+    port: int, directory: Path, pem: Path, extra: str = "", version: str = "TLSv1.3", http: str = "", alpn: str = ""
+) -> Server:
     """nginx on ``port`` with TLS of one version; without TLS it answers on a port of its own that nobody asks."""
     secured = f"""
-    listen 127.0.0.1:{port} ssl backlog=512;
+    listen 127.0.0.1:{port} ssl {alpn} backlog=512;
     ssl_certificate {pem};
     ssl_certificate_key {pem};
     ssl_protocols {version};
@@ -94,6 +96,33 @@ def assert_pairs(spans: list[CollectedSpan], count: int) -> None:
         path = span.attributes["url.path"] + f"?{span.attributes['url.query']}"
         assert client.attributes["url.full"].endswith(path), show([client, span])
         assert client.attributes["http.response.status_code"] == span.attributes["http.response.status_code"]
+
+
+def test_http2_over_tls(agent, serve, public_path: Path, pem: Path):
+    """What ALPN chose is followed as it is in the clear: requests of one connection, many at once, from both ends."""
+    port = free_port()
+    serve(nginx(port, public_path, pem, alpn="http2"), port)
+    tracing = agent([port])
+    wait_for_libraries(tracing)
+    urls = [f"https://localhost:{port}/status/{status}?number={status}" for status in STATUSES]
+    outputs = [argument for _ in urls for argument in ("-o", "/dev/null")]
+    done = secure_curl("--http2", *outputs, "-w", "%{http_code}/%{http_version} ", *urls, pem=pem)
+    assert done.stdout.split() == [f"{status}/2".encode() for status in STATUSES], done.stderr
+    spans = tracing.exact_spans(2 * len(STATUSES), port=port)
+    assert_pairs(spans, len(STATUSES))
+    for span in spans:
+        assert span.attributes["network.protocol.version"] == "2"
+        if span.kind == "SERVER":
+            assert span.attributes["url.scheme"] == "https"
+    load = ["h2load", "-n", "2000", "-c", "8", "-m", "20", f"https://127.0.0.1:{port}/status/200"]
+    done = subprocess.run(load, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert b"2000 succeeded" in done.stdout, done
+    tracing.wait_for_spans(2000 + len(STATUSES), 60, port=port, kind="SERVER")
+    books = tracing.settle()
+    served = [span for span in tracing.spans(port, "SERVER") if span.attributes["url.path"] == "/status/200"]
+    assert len(served) == 2000 + STATUSES.count(200)
+    assert books.begun == books.handed_over + sum(books.dropped.values())
+    assert not set(books.dropped) - {"no_request"}, books
 
 
 @pytest.mark.parametrize("name", SERVERS)

@@ -98,6 +98,27 @@ def test_a_go_server_s_requests_are_spans(
     assert metrics["spanloom_kernel_events_total{event=tls_untied}"] == 0
 
 
+def test_http2_of_a_go_server(agent, serve, pem: Path, programs: Path):
+    """What Go's server speaks over TLS unless it is told otherwise, with many streams at once."""
+    port = free_port()
+    program = programs / "go_tls-stripped"
+    serve(go_server(program, port, pem, HTTP2="1"), port)
+    tracing = agent([port])
+    watch(tracing, program)
+    load = ["h2load", "-n", "500", "-c", "4", "-m", "10", f"https://127.0.0.1:{port}/status/200"]
+    done = subprocess.run(load, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
+    assert b"500 succeeded" in done.stdout, done
+    tracing.wait_for_spans(500, 60, port=port, kind="SERVER")
+    books = tracing.settle()
+    served = tracing.spans(port, "SERVER")
+    assert len(served) == 500
+    assert {(span.attributes["http.response.status_code"], span.attributes["url.scheme"]) for span in served} == {
+        (200, "https")
+    }
+    assert {span.attributes["network.protocol.version"] for span in served} == {"2"}
+    assert books.begun == books.handed_over + sum(books.dropped.values())
+
+
 @pytest.mark.parametrize(
     ("server", "version"), [("nginx-1.2", "1.3"), ("nginx-1.3", "1.3"), ("python-ssl", "1.2"), ("python-ssl", "1.3")]
 )

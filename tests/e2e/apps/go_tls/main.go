@@ -68,8 +68,10 @@ func serve() {
 	}
 	server := http.Server{
 		Handler: http.HandlerFunc(answer),
+	}
+	if os.Getenv("HTTP2") == "" {
 		// Not nil: no HTTP/2.
-		TLSNextProto: map[string]func(*http.Server, *tls.Conn, http.Handler){},
+		server.TLSNextProto = map[string]func(*http.Server, *tls.Conn, http.Handler){}
 	}
 	fail(server.ServeTLS(listening, os.Args[3], os.Args[3]))
 }
