@@ -398,7 +398,7 @@ class Agent:
                 next_sweep_ns = max(now_ns + sweep_ns, soonest_sweep_ns)
             else:
                 # A part at a time, so that a sweep may come in between and let go of what is decided.
-                self.pipeline.run_once(now_ns, kernel.ring_buffer_bytes // 8)
+                self.pipeline.run_once(now_ns, kernel.ring_buffer_bytes // 16)
 
     def _follow_pods(self) -> None:
         """Tell the stages what the API server said since the last turn."""

@@ -164,7 +164,7 @@ class Stitcher:
     # One generation holds this many nodes at most; then it is swapped whatever the watermark says.
     _GENERATION_NODES = 50_000
     # From this number on a generation is worth ending before its time, by a sweep of its own.
-    _CROWDED_NODES = 4_000
+    _CROWDED_NODES = 1_500
     # What is known of processes beyond this number is forgotten, and learned again from their next exchanges.
     _PROCESSES = 16_384
     # Answers on the thread that had read the request before a process is believed to do so always; of those that were

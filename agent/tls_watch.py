@@ -43,6 +43,7 @@ _GO_RETURNS = frozenset(("on_go_read_return", "on_go_write_return"))
 class Probes(Protocol):
     """What is needed of ``agent.kernel.capture.Capture``."""
 
+    def load_tls(self) -> None: ...
     def try_return(self) -> list[Any]: ...
     def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any: ...
     def unwatch(self, links: Iterable[Any]) -> None: ...
@@ -85,39 +86,45 @@ class TlsWatch:
         self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
         self._canary: list[Any] = []
         self._thread: threading.Thread | None = None
+        self.has_begun = threading.Event()
 
     @property
     def files(self) -> int:
         return len(self._watched)
 
     def start(self) -> None:
-        """Watch what well-known programs that run now use, then go on with what is told of.
+        """Begin soon, in a thread: loading the probes takes a second or two. ``has_begun`` is set when that is over."""
+        if self._thread is not None and self._thread.is_alive():
+            return
+        self.has_begun.clear()
+        self._thread = threading.Thread(target=self._run, name="tls", daemon=True)
+        self._thread.start()
+
+    def _begin(self) -> bool:
+        """Watch what well-known programs that run now use. False when TLS cannot be traced here.
 
         Of other programs it is not known whether they switch stacks, until the kernel tells of their first TLS bytes.
         """
-        if self._thread is not None:
-            return
         try:
+            self._probes.load_tls()
             self._canary = self._probes.try_return()
         except SpanloomError as error:
             kinds = {KernelUnsupportedError: "unsafe", PrivilegeError: "privilege"}
             self.refused[kinds.get(type(error), "attach")] += 1
             event(_log, "tls_off", level=logging.WARNING, message=str(error))
-            return
+            return False
         self._probes.announce_tls(True)
         for tgid in self._libraries.processes():
             if tgid != self._own_tgid and self._libraries.stays_on_its_stack(tgid):
                 for library in self._libraries.shared(tgid) or ():
                     self._use(library, tgid)
-        self._thread = threading.Thread(target=self._run, name="tls", daemon=True)
-        self._thread.start()
+        return True
 
     def stop(self) -> None:
         """Take all probes back. May be called twice."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        self._probes.announce_tls(False)
         while True:
             try:
                 self._waiting.put_nowait(None)
@@ -125,10 +132,12 @@ class TlsWatch:
             except queue.Full:
                 self._drop_one()
         thread.join()
+        self._probes.announce_tls(False)
         while self._drop_one():
             pass
         self._release(*self._watched)
         self._probes.unwatch(self._canary)
+        self._canary = []
 
     def look_at(self, info: ProcessInfo, notice: int) -> None:
         """A process uses TLS: it is looked at soon. ``notice`` is a number of ``TlsNotice``."""
@@ -147,6 +156,18 @@ class TlsWatch:
         return True
 
     def _run(self) -> None:
+        try:
+            may_go_on = self._begin()
+        except Exception:
+            self.refused["error"] += 1
+            _log.exception("tls_failed")
+            may_go_on = False
+        self.has_begun.set()
+        if may_go_on:
+            self._follow()
+
+    def _follow(self) -> None:
+        """Go on with what is told of, until the end."""
         look_at = time.monotonic() + LOOK_SECONDS
         survey: Iterator[int] | None = iter(list(self._libraries.processes()))
         while True:

@@ -49,6 +49,7 @@ size_t spanloom_drain_used(struct drain *drain);
 
 void *spanloom_variable(struct bpf_object *object, const char *section, const char *name, uint32_t bytes,
                         int map_fd);
+int spanloom_share_maps(struct bpf_object *object, const struct bpf_object *loaded);
 int spanloom_describe(struct bpf_object *object, const char *name, char *text, size_t bytes);
 struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bpf_map *map);
 int spanloom_test_run(int program_fd, uint32_t repeat, uint32_t *duration_ns, void *context, uint32_t context_bytes,
@@ -283,6 +284,23 @@ static int spanloom_describe(struct bpf_object *object, const char *name, char *
     return -ENOENT;
 }
 
+/* Lets an object of the same file use the maps of one that is loaded: all of them, variables and constants as well. */
+static int spanloom_share_maps(struct bpf_object *object, const struct bpf_object *loaded)
+{
+    struct bpf_map *map, *other;
+    int error;
+
+    bpf_object__for_each_map(map, object) {
+        other = bpf_object__find_map_by_name(loaded, bpf_map__name(map));
+        if (!other)
+            return -ENOENT;
+        error = bpf_map__reuse_fd(map, bpf_map__fd(other));
+        if (error)
+            return error;
+    }
+    return 0;
+}
+
 static struct bpf_link *spanloom_attach_map_iter(struct bpf_program *program, struct bpf_map *map)
 {
     union bpf_iter_link_info info = { .map.map_fd = bpf_map__fd(map) };
@@ -417,6 +435,7 @@ static void spanloom_give_memory_back(void)
 #ifdef __GLIBC__
     mallopt(M_MMAP_THRESHOLD, 256 << 10);
     mallopt(M_ARENA_MAX, 1);
+    malloc_trim(0);
 #endif
 }
 

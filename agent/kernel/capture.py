@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from errno import EACCES, EPERM
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,7 @@ class Capture:
     def __init__(self, settings: CaptureSettings, path: Path | None = None) -> None:
         self._links: list = []
         self._object = ffi.NULL
+        self._tls_object = ffi.NULL
         self._drain = ffi.NULL
         self._iter_link = ffi.NULL
         lib.spanloom_log_reset()
@@ -140,6 +142,9 @@ class Capture:
         for backend, names in _BACKENDS.items():
             for name in names:
                 lib.bpf_program__set_autoload(self._program(name), backend == self.backend)
+        for name in TLS_PROGRAMS:
+            lib.bpf_program__set_autoload(self._program(name), False)
+        self._path = path
         code = -lib.bpf_object__load(self._object)
         if code:
             raise _refusal(code, LOAD)
@@ -178,6 +183,24 @@ class Capture:
         self._capturing[0] = 1
 
     # -- TLS libraries
+
+    def load_tls(self) -> None:
+        """Load ``TLS_PROGRAMS``, which takes the verifier as long as all others together: a second object of the same
+        file, with the maps of the first. Does nothing when they are there. Raises what the constructor does.
+        """
+        if self._tls_object != ffi.NULL:
+            return
+        tls = lib.bpf_object__open_file(str(self._path).encode(), ffi.NULL)
+        if tls == ffi.NULL:
+            raise unreadable(ffi.errno, self._path.name, _libbpf_log())
+        for name in (*chain(*_BACKENDS.values()), *_COMMON, "sweep"):
+            lib.bpf_program__set_autoload(lib.bpf_object__find_program_by_name(tls, name.encode()), False)
+        code = -(lib.spanloom_share_maps(tls, self._object) or lib.bpf_object__load(tls))
+        if code:
+            lib.bpf_object__close(tls)
+            raise _refusal(code, "load the probes for TLS")
+        self._tls_object = tls
+        give_memory_back()  # libbpf has read the kernel's types once more
 
     def announce_tls(self, wanted: bool) -> None:
         """Choose whether records tell of processes that use TLS in ways that are not watched. Live.
@@ -321,7 +344,7 @@ class Capture:
         """The kernel's statistics of every program."""
         result = []
         statistics = ffi.new("struct program_statistics *")
-        for name in (*self._programs, "sweep", *TLS_PROGRAMS):
+        for name in (*self._programs, "sweep", *(TLS_PROGRAMS if self._tls_object != ffi.NULL else ())):
             if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
                 result.append(
                     ProgramStatistics(
@@ -373,9 +396,10 @@ class Capture:
         if self._drain != ffi.NULL:
             lib.spanloom_drain_free(self._drain)
             self._drain = ffi.NULL
-        if self._object != ffi.NULL:
-            lib.bpf_object__close(self._object)
-            self._object = ffi.NULL
+        for one in (self._tls_object, self._object):
+            if one != ffi.NULL:
+                lib.bpf_object__close(one)
+        self._tls_object = self._object = ffi.NULL
 
     def _release_sweep(self) -> None:
         if self._iter_link != ffi.NULL:
@@ -505,7 +529,8 @@ class Capture:
         return found
 
     def _program(self, name: str):
-        found = lib.bpf_object__find_program_by_name(self._object, name.encode())
+        is_tls = self._tls_object != ffi.NULL and name in TLS_PROGRAMS
+        found = lib.bpf_object__find_program_by_name(self._tls_object if is_tls else self._object, name.encode())
         if found == ffi.NULL:
             raise SpanloomError(f"the BPF object has no program {name}")
         return found
@@ -546,7 +571,9 @@ def choose_backend(wanted: str) -> str:
 
 
 def give_memory_back() -> None:
-    """Let freed blocks of memory go back to the system. Call before threads start; does nothing without glibc."""
+    """Let freed blocks of memory go back to the system, now and later. The first call has to come before threads start;
+    does nothing without glibc.
+    """
     lib.spanloom_give_memory_back()
 
 

@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
 
 from agent.errors import ProtocolError
 from agent.model import AttributeGroup, Attributes, Call, Role, TraceContext
@@ -20,7 +21,6 @@ from agent.protocols import grpc
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import Memo
 from agent.protocols.http1_outcome import CONNECT, HEAD
-from agent.protocols.http2_headers import Field, HuffmanMemo
 from agent.protocols.http_semantics import (
     REQUEST_ID_BYTES,
     Extractor,
@@ -31,6 +31,9 @@ from agent.protocols.http_semantics import (
     captures,
     merge,
 )
+
+if TYPE_CHECKING:
+    from agent.protocols.http2_headers import Field, HuffmanMemo
 
 MEMO_REQUESTS = 4096
 MEMO_FIELDS_BYTES = 1024
@@ -142,12 +145,19 @@ class Http2(HttpProtocol):
         # A header that is captured and read as well: what is made of the request depends on it.
         self._captured_context = unique & self._request_captures.keys()
         self._response_names = frozenset((None, b":status", b"content-type", b"grpc-status", *self._response_captures))
-        self.huffman = HuffmanMemo(unique | {b"grpc-timeout"})
-        """Decoded strings, for the header decoders of all connections."""
+        self._unique_names = unique | {b"grpc-timeout"}
         self._requests: tuple[dict[tuple[Field, ...], Request], ...] = ({}, {})
         self._answers: tuple[dict[tuple[Field, ...], Answer], ...] = ({}, {})
         self._endings = Memo(_ending, MEMO_ENDINGS)
         self._rpc_endings = Memo(_rpc_ending, MEMO_ENDINGS)
+
+    @cached_property
+    def huffman(self) -> HuffmanMemo:
+        """Decoded strings, for the header decoders of all connections."""
+        # The tables of HPACK take 3 MB: only where there is HTTP/2.
+        from agent.protocols.http2_headers import HuffmanMemo
+
+        return HuffmanMemo(self._unique_names)
 
     def read_request(self, fields: Sequence[Field], role: int, address: bytes, port: int) -> Asked | None:
         """Return what a request's header block says; None when it is none, but the trailers of one.

@@ -121,6 +121,7 @@ class HeaderDecoder:
     """
 
     __slots__ = ("_allowed", "_bytes", "_entries", "_huffman", "_limit", "_losses", "_max_bytes", "changes", "repeats")
+    MOST_REPEATS = BLOCK_REPEATS
 
     def __init__(self, huffman: HuffmanMemo, losses: StreamLosses) -> None:
         self._huffman = huffman

@@ -15,6 +15,8 @@ Bounds per connection: 1024 open streams, for each direction 64 KiB of a header 
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import msgspec
 
 from agent.errors import ProtocolError
@@ -34,7 +36,6 @@ from agent.protocols.http2_frames import (
     begins_with_frames,
     begins_with_preface,
 )
-from agent.protocols.http2_headers import BLOCK_REPEATS, HeaderDecoder
 from agent.protocols.http2_outcome import (
     REFUSED,
     UNREAD,
@@ -45,6 +46,9 @@ from agent.protocols.http2_outcome import (
     exchange_of,
     read_error,
 )
+
+if TYPE_CHECKING:
+    from agent.protocols.http2_headers import HeaderDecoder
 
 OPEN_STREAMS = 1024
 """Requests beyond are lost: "too_many"."""
@@ -85,6 +89,8 @@ class Http2Connection:
         self._role = 0
         self._time_ns = 0
         self._tid = 0
+        from agent.protocols.http2_headers import HeaderDecoder  # not before it is needed: see Http2.huffman
+
         self._request_fields = HeaderDecoder(protocol.huffman, losses)
         self._response_fields = HeaderDecoder(protocol.huffman, losses)
         self._requests = FrameReader(
@@ -356,7 +362,7 @@ class Http2Connection:
                     self.losses.count(error.reason)
                 return
             if is_new and asked is not None and changes == decoder.changes:
-                if len(decoder.repeats) >= BLOCK_REPEATS:
+                if len(decoder.repeats) >= decoder.MOST_REPEATS:
                     decoder.repeats.clear()
                 decoder.repeats[key] = asked
         if not is_new:
@@ -422,7 +428,7 @@ class Http2Connection:
                 self._on_lost_response_block(stream_id, ends, "malformed")
                 return
             if changes == decoder.changes:
-                if len(decoder.repeats) >= BLOCK_REPEATS:
+                if len(decoder.repeats) >= decoder.MOST_REPEATS:
                     decoder.repeats.clear()
                 decoder.repeats[key] = answer
         stream = self._streams.get(stream_id)

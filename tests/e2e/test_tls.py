@@ -504,6 +504,7 @@ def test_the_capability_that_probes_on_programs_need(collector, serve, public_pa
     collector.clear()
     capabilities = ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH"]
     with AgentProcess(tmp_path, collector, [port, plain], within=dropping_all_but(capabilities)) as tracing:
+        wait_until(lambda: '"event":"tls_off"' in tracing.stderr(), tracing.state)
         said = one(line for line in tracing.stderr().splitlines() if '"event":"tls_off"' in line)
         assert "CAP_SYS_ADMIN" in said
         assert tracing.metrics()["spanloom_tls_refused_total{reason=privilege}"] == 1

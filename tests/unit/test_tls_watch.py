@@ -36,6 +36,9 @@ class Probes:
         self.announces = False
         self.told_again: list[int] = []
 
+    def load_tls(self) -> None:
+        """They are always there."""
+
     def try_return(self) -> list[tuple[str, int, bool]]:
         if self.refuses_all is not None:
             raise self.refuses_all
@@ -120,6 +123,10 @@ class Bench:
         self.probes, self.libraries = Probes(), Libraries()
         self.watch = TlsWatch(self.probes, self.libraries, own_tgid=1, idle_seconds=0)
 
+    def start(self) -> None:
+        self.watch.start()
+        assert self.watch.has_begun.wait(20)
+
     def tell(self, tgid: int, notice: TlsNotice = TlsNotice.UNWATCHED, language: str = "") -> None:
         self.watch.look_at(process(tgid, language), notice)
 
@@ -144,7 +151,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 def test_a_file_is_watched_once_however_many_run_it(bench: Bench):
     """From the start, and for processes that are told of later; the agent itself is passed over."""
     bench.libraries.files = {1: [9], 10: [5], 11: [5]}
-    bench.watch.start()
+    bench.start()
     assert bench.watch.files == bench.probes.watched == 1
     bench.libraries.files[12] = [5, 6]
     bench.tell(12)
@@ -157,7 +164,7 @@ def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(
     """It may be one that switches stacks: the kernel tells with them."""
     bench.libraries.files = {10: [5], 11: [6]}
     bench.libraries.unknown = {11}
-    bench.watch.start()
+    bench.start()
     assert bench.watch.files == 1
     bench.tell(11)
     wait_until(lambda: bench.watch.files == 2)
@@ -166,7 +173,7 @@ def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(
 def test_returns_come_first_and_go_last(bench: Bench):
     """A beginning that is seen is one whose end will be."""
     bench.libraries.files = {10: [5]}
-    bench.watch.start()
+    bench.start()
     assert [link[2] for link in bench.probes.links] == [True, True, False, False, False]
     bench.watch.stop()
     assert [link[2] for link in bench.probes.taken_back] == [False, False, False, True, True]
@@ -175,7 +182,7 @@ def test_returns_come_first_and_go_last(bench: Bench):
 def test_a_file_is_let_go_with_its_last_user(bench: Bench):
     """Not before; and not when somebody runs it who was never told of."""
     bench.libraries.files = {10: [5], 11: [5]}
-    bench.watch.start()
+    bench.start()
     del bench.libraries.files[10]
     bench.look()
     assert bench.watch.files == 1
@@ -190,7 +197,7 @@ def test_a_file_is_let_go_with_its_last_user(bench: Bench):
 def test_one_process_that_switches_stacks_keeps_probes_off(bench: Bench):
     """At once and for good, for all that run the file; others are not concerned."""
     bench.libraries.files = {10: [5], 11: [6]}
-    bench.watch.start()
+    bench.start()
     bench.libraries.files[12] = [5]
     bench.tell(12, TlsNotice.OTHER_STACK)
     wait_until(lambda: bench.watch.files == 1)
@@ -205,7 +212,7 @@ def test_what_is_known_to_switch_stacks_is_never_watched(bench: Bench):
     """By its libraries or its executable."""
     bench.libraries.files = {10: [5]}
     bench.libraries.switching = {10}
-    bench.watch.start()
+    bench.start()
     assert (bench.watch.files, bench.watch.refused, bench.probes.taken_back) == (0, {"stacks": 1}, [])
 
 
@@ -213,7 +220,7 @@ def test_a_refusal_leaves_nothing_attached(bench: Bench):
     """What was attached before it is taken back, the file is not tried again, and its processes are counted."""
     bench.probes.refuses = SpanloomError("no")
     bench.libraries.files = {10: [5], 11: [5]}
-    bench.watch.start()
+    bench.start()
     assert (bench.watch.files, bench.probes.links, bench.watch.refused) == (0, [], {"attach": 1})
     bench.tell(11)
     wait_until(lambda: bench.watch.unseen["attach"] == 1)
@@ -228,7 +235,7 @@ def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError
     """The kernel is not even asked to tell of processes."""
     bench.probes.refuses_all = error
     bench.libraries.files = {10: [5]}
-    bench.watch.start()
+    bench.start()
     bench.tell(10)
     assert (bench.watch.files, bench.watch.refused, bench.probes.announces) == (0, {reason: 1}, False)
 
@@ -236,7 +243,7 @@ def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError
 def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
     """Of each process, once it was looked at."""
     bench.libraries.files = {10: [], 11: []}
-    bench.watch.start()
+    bench.start()
     bench.tell(10, language="java")
     bench.tell(11)
     bench.tell(12)
@@ -248,7 +255,7 @@ def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest
     """And counted."""
     monkeypatch.setattr(tls_watch, "MAX_FILES", 2)
     bench.libraries.files = {10: [1, 2, 3, 4]}
-    bench.watch.start()
+    bench.start()
     assert (bench.watch.files, bench.watch.refused) == (2, {"too_many": 2})
 
 
@@ -266,7 +273,7 @@ def test_go_programs_are_watched_from_the_start_without_return_probes(bench: Ben
     """Where their calls return is watched first and let go last, by instructions; whatever stacks they run on."""
     bench.libraries.go = {10: ""}
     bench.libraries.switching = bench.libraries.unknown = {10}
-    bench.watch.start()
+    bench.start()
     wait_until(lambda: bench.watch.files == 1)
     assert [link[:2] for link in bench.probes.links] == [
         ("on_go_read_return", 20),
@@ -286,7 +293,7 @@ def test_go_programs_are_watched_from_the_start_without_return_probes(bench: Ben
 def test_a_go_program_may_use_a_library_as_well(bench: Bench):
     """Both are watched; one without TLS of its own is not reported for that."""
     bench.libraries.unknown = {10, 11}
-    bench.watch.start()
+    bench.start()
     bench.libraries.files = {10: [5], 11: [5]}
     bench.libraries.go = {10: "", 11: "go_no_tls"}
     bench.tell(10, language="go")

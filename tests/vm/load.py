@@ -38,6 +38,7 @@ class Handler(BaseHTTPRequestHandler):
 def exchanges(backend: str, port: int) -> list[Exchange]:
     """What a backend records of a few requests; none of them may be missing on either side."""
     with Capture(CaptureSettings(backend=backend)) as capture:
+        capture.load_tls()
         work = {one.name: one.verified_instructions for one in capture.statistics()}
         capture.attach()
         for number in range(REQUESTS):
