@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.edge import Edge, seen
+from tests.e2e.harness import free_port
 from tests.e2e.scripted import (
     Turn,
     accept,
@@ -290,8 +291,10 @@ def _serve_late_answer(port: int, answer: bytes) -> None:
         connection.recv(1)
 
 
-def test_tls(edge: Edge, tmp_path: Path) -> None:
-    """A TLS connection that carries HTTP is left alone, and counted as TLS."""
+def test_tls_that_is_not_to_be_read(agent, edge: Edge, tmp_path: Path) -> None:
+    """What the sockets carry is left alone, and counted as TLS."""
+    port = free_port()
+    tracing = agent([port], {"capture.tls": False})
     key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
     subject = ("-subj", "/CN=test.example", "-days", "2")
     files = ("-keyout", key, "-out", certificate)
@@ -301,13 +304,12 @@ def test_tls(edge: Edge, tmp_path: Path) -> None:
         capture_output=True,
         timeout=60,
     )
-    edge.server.start(_serve_tls, edge.port, str(key), str(certificate))
-    edge.client.call(_request_tls, edge.port)
+    edge.server.start(_serve_tls, port, str(key), str(certificate))
+    edge.client.call(_request_tls, port)
     edge.server.result()
-    edge.spans(0)
-    assert not edge.dropped()
-    assert edge.grown(_KERNEL % "ignored_tls") >= 4
-    assert not edge.grown(_KERNEL % "begun")
+    assert tracing.settle().begun == 0
+    assert tracing.spans(port) == []
+    assert tracing.metrics()[_KERNEL % "ignored_tls"] >= 4
 
 
 def _serve_tls(port: int, key: str, certificate: str) -> None:
