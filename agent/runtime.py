@@ -321,7 +321,7 @@ class Agent:
         elif self._attached and config.capture.tls:
             self.tls.start()
         else:
-            self.tls.stop()
+            self.tls.stop(wait=False)
 
     def _apply_export(self, config: Config, destination: Destination | None) -> None:
         """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
@@ -352,8 +352,8 @@ class Agent:
 
     def _detach(self) -> None:
         """Take the probes away, with what they were seeing; what has ended is reported as ever."""
-        self.tls.stop()
         self.capture.detach()
+        self.tls.stop(wait=False)
         self._attached = False
         self.capture.hasten()
         self.pipeline.sweep(time.monotonic_ns())
@@ -453,7 +453,7 @@ class Agent:
         try:
             if captured:
                 self._attached = False
-                self.tls.stop()
+                self.tls.stop(wait=False)
                 self.capture.detach()
                 self.capture.hasten()
                 now_ns = time.monotonic_ns()
@@ -464,6 +464,7 @@ class Agent:
                 self.cluster.stop()
             if self.exporter is not None:
                 self.exporter.close(SHUTDOWN_SECONDS)
+            self.tls.stop()  # the probes may still be loading, or on their way out: nothing else waits for that
             if captured:
                 books = self.pipeline.books()
                 exported = {}

@@ -85,7 +85,9 @@ class TlsWatch:
         self._logged: dict[tuple[str, str], int] = {}
         self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
         self._canary: list[Any] = []
-        self._thread: threading.Thread | None = None
+        self._thread: threading.Thread | None = None  # the one that watches
+        self._last: threading.Thread | None = None  # it, or the one before, which may still be taking probes back
+        self._ends = threading.Event()  # set when the thread at hand is to end
         self.has_begun = threading.Event()
 
     @property
@@ -97,7 +99,9 @@ class TlsWatch:
         if self._thread is not None and self._thread.is_alive():
             return
         self.has_begun.clear()
-        self._thread = threading.Thread(target=self._run, name="tls", daemon=True)
+        self._ends = threading.Event()
+        arguments = self._last, self._ends
+        self._thread = self._last = threading.Thread(target=self._run, args=arguments, name="tls", daemon=True)
         self._thread.start()
 
     def _begin(self) -> bool:
@@ -113,31 +117,26 @@ class TlsWatch:
             self.refused[kinds.get(type(error), "attach")] += 1
             event(_log, "tls_off", level=logging.WARNING, message=str(error))
             return False
-        self._probes.announce_tls(True)
         for tgid in self._libraries.processes():
             if tgid != self._own_tgid and self._libraries.stays_on_its_stack(tgid):
                 for library in self._libraries.shared(tgid) or ():
                     self._use(library, tgid)
+        event(_log, "tls_on", files=self.files)
         return True
 
-    def stop(self) -> None:
-        """Take all probes back. May be called twice."""
+    def stop(self, wait: bool = True) -> None:
+        """Take all probes back; without ``wait`` soon, in the thread that watched. May be called twice."""
         thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        while True:
-            try:
-                self._waiting.put_nowait(None)
-                break
-            except queue.Full:
-                self._drop_one()
-        thread.join()
-        self._probes.announce_tls(False)
-        while self._drop_one():
-            pass
-        self._release(*self._watched)
-        self._probes.unwatch(self._canary)
-        self._canary = []
+        if thread is not None:
+            self._ends.set()
+            while True:
+                try:
+                    self._waiting.put_nowait(None)
+                    break
+                except queue.Full:
+                    self._drop_one()
+        if wait and self._last is not None:
+            self._last.join()
 
     def look_at(self, info: ProcessInfo, notice: int) -> None:
         """A process uses TLS: it is looked at soon. ``notice`` is a number of ``TlsNotice``."""
@@ -155,22 +154,35 @@ class TlsWatch:
             return False
         return True
 
-    def _run(self) -> None:
+    def _run(self, before: threading.Thread | None, ends: threading.Event) -> None:
+        if before is not None:
+            before.join()
         try:
-            may_go_on = self._begin()
+            if not ends.is_set():
+                self._probes.announce_tls(True)  # who is told of before the probes are there is looked at then
+            may_go_on = not ends.is_set() and self._begin()
         except Exception:
             self.refused["error"] += 1
             _log.exception("tls_failed")
             may_go_on = False
         self.has_begun.set()
         if may_go_on:
-            self._follow()
+            self._follow(ends)
+        self._take_back()
 
-    def _follow(self) -> None:
+    def _take_back(self) -> None:
+        self._probes.announce_tls(False)
+        self._release(*self._watched)
+        self._probes.unwatch(self._canary)
+        self._canary = []
+        while self._drop_one():
+            pass
+
+    def _follow(self, ends: threading.Event) -> None:
         """Go on with what is told of, until the end."""
         look_at = time.monotonic() + LOOK_SECONDS
         survey: Iterator[int] | None = iter(list(self._libraries.processes()))
-        while True:
+        while not ends.is_set():
             try:
                 if survey is not None and self._waiting.empty():
                     survey = self._survey(survey)

@@ -419,13 +419,15 @@ def test_probes_are_switched_off_and_on(agent, serve, public_path: Path, tmp_pat
             wait_until(lambda turn=turn: len(tracing.spans(port, "SERVER")) == turn + 1, lambda: tracing.state())
             ask(90, "&sleep=1.5")  # under way when the probes go
             change(tracing, file, {"capture": {"enabled": False}})
-            assert not attached(tracing.pid)
+            wait_until(lambda: not attached(tracing.pid), tracing.state)  # those of TLS go in a thread of their own
             assert tracing.probe("/readyz") == 200
             answer()
             ask(2 * turn + 1)
             answer()
             change(tracing, file, {"capture": {"enabled": True}})
             assert len(attached(tracing.pid)) > 5
+            begun = turn + 2
+            wait_until(lambda begun=begun: tracing.stderr().count('"event":"tls_on"') == begun, tracing.state)
             descriptors.append(len(list(Path(f"/proc/{tracing.pid}/fd").iterdir())))
         ask(99)
         answer()
@@ -450,6 +452,7 @@ def test_what_did_not_change_stays_attached(agent, tmp_path: Path):
     """No change of other settings takes a probe away, even for a moment: the links are the same ones."""
     file = MountedFile(tmp_path / "mounted", {})
     tracing = agent([free_port()], config=file.path)
+    wait_until(lambda: '"event":"tls_on"' in tracing.stderr(), tracing.state)
     before = attached(tracing.pid)
     assert len(before) > 5
     for config in (
@@ -459,7 +462,7 @@ def test_what_did_not_change_stays_attached(agent, tmp_path: Path):
         {"capture": {"protocols": []}, "propagation": {"formats": ["b3"]}},
     ):
         change(tracing, file, config)
-        assert attached(tracing.pid) == before
+        assert before <= attached(tracing.pid)  # more of them when a TLS library comes into use meanwhile
 
 
 def test_an_agent_may_start_without_probes(agent, tmp_path: Path):

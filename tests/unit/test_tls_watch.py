@@ -259,6 +259,18 @@ def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest
     assert (bench.watch.files, bench.watch.refused) == (2, {"too_many": 2})
 
 
+def test_off_and_on_and_off_again(bench: Bench):
+    """Each turn waits for the one before, however quickly they follow; at the end nothing is attached."""
+    bench.libraries.files = {10: [5]}
+    for _ in range(20):
+        bench.watch.start()
+        bench.watch.stop(wait=False)
+    bench.watch.stop()
+    assert (bench.probes.links, bench.probes.announces, bench.watch.files) == ([], False, 0)
+    bench.start()
+    assert bench.watch.files == 1
+
+
 def test_more_processes_than_can_wait_are_told_of_again(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     """The kernel forgets that it told of them."""
     monkeypatch.setattr(tls_watch, "MAX_WAITING", 1)
