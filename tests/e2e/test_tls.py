@@ -302,6 +302,7 @@ def test_java_is_reported(agent, serve, start, public_path: Path, pem: Path):
     port = free_port()
     tracing = agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
+    wait_for_libraries(tracing)
     source = public_path / "Ask.java"
     source.write_text(
         """
