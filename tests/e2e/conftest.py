@@ -20,7 +20,7 @@ import pytest
 from tests.collector import Collector
 from tests.e2e.cluster import api, containers, in_cluster  # noqa: F401 - fixtures
 from tests.e2e.edge import Edge, edge_of
-from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment
+from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment, wait_until
 from tests.e2e.servers import Server
 
 _HERE = Path(__file__).parent
@@ -71,6 +71,18 @@ def agent(tmp_path: Path, collector: Collector) -> Iterator[AgentFactory]:
             return stack.enter_context(AgentProcess(tmp_path, collector, ports, settings, environment, config))
 
         yield start
+
+
+@pytest.fixture
+def tls_agent(agent: AgentFactory) -> AgentFactory:
+    """Starts agents like ``agent``, and waits until they watch what uses TLS: this process does, for one."""
+
+    def start(*arguments: Any, **options: Any) -> AgentProcess:
+        tracing = agent(*arguments, **options)
+        wait_until(lambda: '"event":"tls_o' in tracing.stderr(), tracing.state)  # on, or off
+        return tracing
+
+    return start
 
 
 @pytest.fixture

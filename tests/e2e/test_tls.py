@@ -98,11 +98,11 @@ def assert_pairs(spans: list[CollectedSpan], count: int) -> None:
         assert client.attributes["http.response.status_code"] == span.attributes["http.response.status_code"]
 
 
-def test_http2_over_tls(agent, serve, public_path: Path, pem: Path):
+def test_http2_over_tls(tls_agent, serve, public_path: Path, pem: Path):
     """What ALPN chose is followed as it is in the clear: requests of one connection, many at once, from both ends."""
     port = free_port()
     serve(nginx(port, public_path, pem, alpn="http2"), port)
-    tracing = agent([port])
+    tracing = tls_agent([port])
     wait_for_libraries(tracing)
     urls = [f"https://localhost:{port}/status/{status}?number={status}" for status in STATUSES]
     outputs = [argument for _ in urls for argument in ("-o", "/dev/null")]
@@ -126,11 +126,11 @@ def test_http2_over_tls(agent, serve, public_path: Path, pem: Path):
 
 
 @pytest.mark.parametrize("name", SERVERS)
-def test_a_server_s_requests_are_spans(name: str, agent, serve, public_path: Path, pem: Path):
+def test_a_server_s_requests_are_spans(name: str, tls_agent, serve, public_path: Path, pem: Path):
     """Each request over TLS is a span of the server and one of the client, linked, as it would be without TLS."""
     port = free_port()
     server = serving(name, port, public_path, pem)
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(server, port)
     if name == "node":
         warm_up(tracing, port, pem)
@@ -181,10 +181,10 @@ CLIENTS = {
 
 @pytest.mark.parametrize("server", ["nginx-1.2", "nginx-1.3", "python-asyncio"])
 @pytest.mark.parametrize("name", CLIENTS)
-def test_a_client_s_requests_are_spans(name: str, server: str, agent, serve, public_path: Path, pem: Path):
+def test_a_client_s_requests_are_spans(name: str, server: str, tls_agent, serve, public_path: Path, pem: Path):
     """Clients of all kinds, on several connections at a time: every request is seen from both ends."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving(server, port, public_path, pem), port)
     wait_for_libraries(tracing)
     command, count = CLIENTS[name]
@@ -209,10 +209,10 @@ def test_a_client_s_requests_are_spans(name: str, server: str, agent, serve, pub
     assert tracing.metrics()["spanloom_kernel_events_total{event=tls_contradicted}"] == 0
 
 
-def test_requests_of_a_load_generator_are_counted_one_by_one(agent, serve, public_path: Path, pem: Path):
+def test_requests_of_a_load_generator_are_counted_one_by_one(tls_agent, serve, public_path: Path, pem: Path):
     """2000 requests on 64 keep-alive connections at full speed: as many spans as nginx's log has lines, by status."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     server = nginx(port, public_path, pem)
     serve(server, port)
     wait_for_libraries(tracing)
@@ -233,12 +233,12 @@ def test_requests_of_a_load_generator_are_counted_one_by_one(agent, serve, publi
     assert len({span.attributes["url.query"] for span in served}) == len(served)
 
 
-def test_a_proxy_to_a_server_over_tls_is_one_trace(agent, serve, public_path: Path, pem: Path):
+def test_a_proxy_to_a_server_over_tls_is_one_trace(tls_agent, serve, public_path: Path, pem: Path):
     """nginx is a TLS server and a TLS client; it passes ``traceparent`` on, and caller, proxy, its call and the
     upstream are one chain.
     """
     front, back = free_port(), free_port()
-    tracing = agent([front, back])
+    tracing = tls_agent([front, back])
     serve(serving("python-ssl", back, public_path, pem), back)
     upstream = f"upstream behind {{ server 127.0.0.1:{back}; keepalive 4; }}"
     proxy = f"""
@@ -272,10 +272,12 @@ def test_a_proxy_to_a_server_over_tls_is_one_trace(agent, serve, public_path: Pa
 
 
 @pytest.mark.parametrize("path", ["/copied/status/200", "/status/200"])
-def test_a_call_over_tls_has_the_request_it_serves_as_its_parent(path: str, agent, serve, public_path: Path, pem: Path):
+def test_a_call_over_tls_has_the_request_it_serves_as_its_parent(
+    path: str, tls_agent, serve, public_path: Path, pem: Path
+):
     """By the headers that the program copies, and without any by the thread that serves the request."""
     front, back = free_port(), free_port()
-    tracing = agent([front, back])
+    tracing = tls_agent([front, back])
     serve(serving("nginx-1.3", back, public_path, pem), back)
     relay = serving("python-ssl", front, public_path, pem)
     serve(Server(arguments=[*relay.arguments, str(back)], executable="", language="python"), front)
@@ -297,10 +299,10 @@ def test_a_call_over_tls_has_the_request_it_serves_as_its_parent(path: str, agen
         assert call.attributes["spanloom.link.method"] == expected, show(spans)
 
 
-def test_java_is_reported(agent, serve, start, public_path: Path, pem: Path):
+def test_java_is_reported(tls_agent, serve, start, public_path: Path, pem: Path):
     """Java's own TLS cannot be seen: the process is named in the log, with the reason, and counted."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
     source = public_path / "Ask.java"
@@ -357,12 +359,12 @@ def open_files(tracing: AgentProcess) -> Counter[str]:
     return Counter({name: count for name, count in found.items() if name.startswith(ours)})
 
 
-def test_a_library_is_watched_while_it_has_users(agent, serve, start, public_path: Path, pem: Path):
+def test_a_library_is_watched_while_it_has_users(tls_agent, serve, start, public_path: Path, pem: Path):
     """A program that starts later with a library of its own is seen; when it ends, the probes are taken back, and many
     starts and ends leave nothing behind. The file may be replaced on disk meanwhile.
     """
     port = free_port()
-    tracing = agent([port], {"capture.tls_idle_seconds": 0})
+    tracing = tls_agent([port], {"capture.tls_idle_seconds": 0})
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
     tracing.settle()
@@ -397,12 +399,14 @@ def test_a_library_is_watched_while_it_has_users(agent, serve, start, public_pat
     assert len(tracing.spans(port, "SERVER")) == 6 * rounds
 
 
-def test_tls_is_switched_off_and_on_while_the_agent_runs(agent, serve, public_path: Path, pem: Path, tmp_path: Path):
+def test_tls_is_switched_off_and_on_while_the_agent_runs(
+    tls_agent, serve, public_path: Path, pem: Path, tmp_path: Path
+):
     """``capture.tls`` false takes all probes off the libraries; true puts them back, also for open connections."""
     port, plain = free_port(), free_port()
     config = tmp_path / "spanloom.yaml"
     config.write_text("capture:\n  tls: true\n")
-    tracing = agent([port, plain], config=config)
+    tracing = tls_agent([port, plain], config=config)
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
 
@@ -423,10 +427,10 @@ def test_tls_is_switched_off_and_on_while_the_agent_runs(agent, serve, public_pa
     assert_pairs(tracing.exact_spans(4, port=port), 2)
 
 
-def test_a_traced_program_under_a_debugger_goes_on(agent, serve, public_path: Path, pem: Path):
+def test_a_traced_program_under_a_debugger_goes_on(tls_agent, serve, public_path: Path, pem: Path):
     """A program that strace follows call by call works as ever, and is seen."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
     command = ["strace", "-f", "-o", str(public_path / "strace"), SYSTEM_PYTHON, str(APPS / "tls_client.py")]
@@ -437,10 +441,10 @@ def test_a_traced_program_under_a_debugger_goes_on(agent, serve, public_path: Pa
     assert_pairs(tracing.exact_spans(10, port=port), 5)
 
 
-def test_a_program_under_a_seccomp_filter_goes_on(agent, serve, public_path: Path, pem: Path):
+def test_a_program_under_a_seccomp_filter_goes_on(tls_agent, serve, public_path: Path, pem: Path):
     """Filters that allow no system call that they do not know: the return probes' own must not crash the program."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
     program = public_path / "filtered.py"
@@ -468,12 +472,12 @@ runpy.run_path(sys.argv[0], run_name="__main__")
     assert_pairs(tracing.exact_spans(10, port=port), 5)
 
 
-def test_a_program_that_switches_stacks_goes_on(agent, serve, public_path: Path, pem: Path):
+def test_a_program_that_switches_stacks_goes_on(tls_agent, serve, public_path: Path, pem: Path):
     """Probes on returns crash a program that leaves a call half-way for another stack. What such a program runs is not
     watched any more as soon as it calls the library on a stack that is not its thread's own.
     """
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
     wait_for_libraries(tracing)
     environment = own_library(public_path / "library")
@@ -514,10 +518,10 @@ def test_the_capability_that_probes_on_programs_need(collector, serve, public_pa
         assert_pairs(tracing.exact_spans(2), 1)
 
 
-def test_what_is_no_http_over_tls_is_left_alone(agent, start, public_path: Path, pem: Path):
+def test_what_is_no_http_over_tls_is_left_alone(tls_agent, start, public_path: Path, pem: Path):
     """Another protocol over TLS makes no span and no drop, on both ends."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     server = ["openssl", "s_server", "-accept", f"127.0.0.1:{port}", "-cert", str(pem), "-quiet", "-rev"]
     start(server, port=port)
     wait_for_libraries(tracing)

@@ -66,13 +66,13 @@ def ask(program: Path, port: int, pem: Path, count: int, workers: int, version: 
 @pytest.mark.parametrize("version", ["1.2", "1.3"])
 @pytest.mark.parametrize("build", BUILDS)
 def test_a_go_server_s_requests_are_spans(
-    build: str, version: str, agent, serve, public_path: Path, pem: Path, programs: Path
+    build: str, version: str, tls_agent, serve, public_path: Path, pem: Path, programs: Path
 ):
     """With and without symbols, at a fixed address or not: each request on a kept connection is a span on both ends."""
     port = free_port()
     program = programs / f"go_tls-{build}"
     serve(go_server(program, port, pem), port)
-    tracing = agent([port])
+    tracing = tls_agent([port])
     watch(tracing, program)
     wait_for_libraries(tracing, 2)
     urls = [f"https://localhost:{port}/status/{status}?number={status}" for status in STATUSES]
@@ -98,12 +98,12 @@ def test_a_go_server_s_requests_are_spans(
     assert metrics["spanloom_kernel_events_total{event=tls_untied}"] == 0
 
 
-def test_http2_of_a_go_server(agent, serve, pem: Path, programs: Path):
+def test_http2_of_a_go_server(tls_agent, serve, pem: Path, programs: Path):
     """What Go's server speaks over TLS unless it is told otherwise, with many streams at once."""
     port = free_port()
     program = programs / "go_tls-stripped"
     serve(go_server(program, port, pem, HTTP2="1"), port)
-    tracing = agent([port])
+    tracing = tls_agent([port])
     watch(tracing, program)
     load = ["h2load", "-n", "500", "-c", "4", "-m", "10", f"https://127.0.0.1:{port}/status/200"]
     done = subprocess.run(load, env=clean_environment(), stdin=subprocess.DEVNULL, capture_output=True, timeout=60)
@@ -123,11 +123,11 @@ def test_http2_of_a_go_server(agent, serve, pem: Path, programs: Path):
     ("server", "version"), [("nginx-1.2", "1.3"), ("nginx-1.3", "1.3"), ("python-ssl", "1.2"), ("python-ssl", "1.3")]
 )
 def test_a_go_client_s_requests_are_spans(
-    server: str, version: str, agent, serve, public_path: Path, pem: Path, programs: Path
+    server: str, version: str, tls_agent, serve, public_path: Path, pem: Path, programs: Path
 ):
     """Several connections at a time, to servers that use OpenSSL: every request is seen from both ends."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     program = programs / "go_tls-stripped"
     serve(serving(server, port, public_path, pem), port)
     wait_for_libraries(tracing)
@@ -160,7 +160,7 @@ def test_a_go_client_s_requests_are_spans(
 
 @pytest.mark.parametrize("wrapped", [False, True])
 def test_goroutines_on_few_threads_are_told_apart(
-    wrapped: bool, agent, serve, public_path: Path, pem: Path, programs: Path
+    wrapped: bool, tls_agent, serve, public_path: Path, pem: Path, programs: Path
 ):
     """50 goroutines at a time on two threads, Go on both ends: spans = requests, each with its own path, and linked.
     Connections may be wrapped, as by a listener that limits them.
@@ -168,7 +168,7 @@ def test_goroutines_on_few_threads_are_told_apart(
     port = free_port()
     program = programs / "go_tls-plain"
     serve(go_server(program, port, pem, **({"WRAPPED": "1"} if wrapped else {})), port)
-    tracing = agent([port])
+    tracing = tls_agent([port])
     watch(tracing, program)
     ask(program, port, pem, 1000, 50)
     spans = tracing.exact_spans(2000, port=port)
@@ -181,14 +181,14 @@ def test_goroutines_on_few_threads_are_told_apart(
 
 
 @pytest.mark.timeout(400)
-def test_probes_come_and_go_under_load(agent, serve, start, public_path: Path, pem: Path, programs: Path, tmp_path):
+def test_probes_come_and_go_under_load(tls_agent, serve, start, public_path: Path, pem: Path, programs: Path, tmp_path):
     """20 times on and off while 32 goroutines ask: nobody crashes, no answer is wrong, and afterwards all is seen."""
     port = free_port()
     program = programs / "go_tls-stripped"
     config = tmp_path / "spanloom.yaml"
     config.write_text("capture:\n  tls: true\n")
     server = serve(go_server(program, port, pem), port)
-    tracing = agent([port], config=config)
+    tracing = tls_agent([port], config=config)
     watch(tracing, program)
     command = [program, "flood", str(port), pem, "32"]
     environment = clean_environment(GOMAXPROCS="2")
@@ -221,10 +221,10 @@ def test_probes_come_and_go_under_load(agent, serve, start, public_path: Path, p
     assert_pairs(tracing.exact_spans(earlier + 100, port=port)[earlier:], 50)
 
 
-def test_a_program_is_watched_while_it_runs(agent, serve, start, public_path: Path, pem: Path):
+def test_a_program_is_watched_while_it_runs(tls_agent, serve, start, public_path: Path, pem: Path):
     """The probes are on a file as long as somebody runs it, and only once however many do."""
     port = free_port()
-    tracing = agent([port], {"capture.tls_idle_seconds": 0})
+    tracing = tls_agent([port], {"capture.tls_idle_seconds": 0})
     program = go_build(APPS / "go_tls", public_path / "go_tls-mine", ldflags="-s -w -X main.unused=1")
     serve(serving("nginx-1.3", port, public_path, pem), port)
     clients = []
@@ -250,10 +250,10 @@ def test_a_program_is_watched_while_it_runs(agent, serve, start, public_path: Pa
     assert len(seen) == 4, show(seen)
 
 
-def test_a_go_program_that_cannot_be_seen_is_reported(agent, serve, start, public_path: Path, pem: Path):
+def test_a_go_program_that_cannot_be_seen_is_reported(tls_agent, serve, start, public_path: Path, pem: Path):
     """A program whose functions have other names runs as ever; it is named in the log with the reason, and counted."""
     port = free_port()
-    tracing = agent([port])
+    tracing = tls_agent([port])
     serve(serving("nginx-1.3", port, public_path, pem), port)
     program = go_build(APPS / "go_tls", public_path / "go_tls-renamed", ldflags="-s -w")
     data = program.read_bytes()

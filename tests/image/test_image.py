@@ -94,7 +94,7 @@ class Storage:
             "BUILDAH_ISOLATION": "chroot",
             "IMAGE_BUILDER": "buildah",
             # The base must be the one made here.
-            "IMAGE_BUILD_FLAGS": " ".join(("--pull=never", "--no-cache", *limits())),
+            "IMAGE_BUILD_FLAGS": "--pull=never --no-cache",
             **pip_settings(),
         }
         self.environment.pop("SOURCE_DATE_EPOCH", None)
@@ -181,6 +181,9 @@ class Image:
 
 def limits() -> tuple[str, ...]:
     """Options of buildah to keep the limits as they are here: from 1.35 on it raises them, which not every root may."""
+    version = subprocess.run(("buildah", "--version"), capture_output=True, text=True, timeout=60, check=True).stdout
+    if tuple(map(int, re.findall(r"\d+", version)[:2])) < (1, 35):
+        return ()
     kept = {"nofile": resource.RLIMIT_NOFILE, "nproc": resource.RLIMIT_NPROC}
     return tuple("--ulimit={}={}:{}".format(name, *resource.getrlimit(number)) for name, number in kept.items())
 
@@ -245,6 +248,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Storage]:
     storage = Storage(tmp_path_factory.mktemp("storage"))
     try:
         storage.call(REPOSITORY / "tools/image_test.sh")
+        storage.environment["IMAGE_BUILD_FLAGS"] += "".join(f" {option}" for option in limits())
         yield storage
     finally:
         storage.close()
