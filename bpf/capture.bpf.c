@@ -9,6 +9,20 @@
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 
+/* Whether the process may still come with bytes of a connection that TCP has just closed: a thread is on its way back from
+ * having written, or what was received before is not read yet. The sweep ends such a connection.
+ */
+static __always_inline bool may_linger(const struct connection *connection, struct sock *sock, bool closes, bool waited)
+{
+	if (connection->mode == MODE_STREAM && connection->writing)
+		return true;
+	if (closes || !sock->sk_socket)
+		return false; /* by the process itself */
+	if (connection->mode == MODE_IGNORED || (connection->mode == MODE_EXCHANGE && connection->state == STATE_IDLE))
+		return false;
+	return waited || sock->sk_err;
+}
+
 /* Why this tracepoint: it is where every TCP socket's end is seen, whoever closes it and in whatever context. Its
  * arguments are stable since 4.16. It costs one look-up per change of state.
  */
@@ -18,7 +32,7 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	struct connection *connection;
 	__u64 key = (__u64)sock, now;
 	__u8 end = END_CLOSED;
-	bool closes;
+	bool closes, waited;
 	int error;
 
 	/* A process that closes leaves the exchange now; TCP_CLOSE comes when the other end has answered to that. */
@@ -26,7 +40,7 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	if (new_state != TCP_CLOSE && new_state != TCP_CLOSE_WAIT && !closes)
 		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
-	if (!connection)
+	if (!connection || connection->lingers)
 		return 0;
 	if (new_state == TCP_CLOSE_WAIT || old_state == TCP_LAST_ACK || old_state == TCP_CLOSE_WAIT)
 		connection->exchange.flags |= FLAG_PEER_CLOSED;
@@ -38,11 +52,14 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	else if (error == ETIMEDOUT)
 		end = END_TIMED_OUT;
 	now = bpf_ktime_get_ns();
-	/* Half-closed by us and now by the peer: the process may still have to read what came before. The sweep ends it. */
-	if (new_state == TCP_CLOSE && end == END_CLOSED && connection->mode == MODE_EXCHANGE &&
-	    connection->state != STATE_IDLE && sock->sk_socket &&
-	    (old_state == TCP_FIN_WAIT1 || old_state == TCP_FIN_WAIT2 || old_state == TCP_CLOSING)) {
-		connection->exchange.flags |= FLAG_PEER_CLOSED;
+	/* Half-closed by us and now by the peer. */
+	waited = new_state == TCP_CLOSE && end == END_CLOSED &&
+		 (old_state == TCP_FIN_WAIT1 || old_state == TCP_FIN_WAIT2 || old_state == TCP_CLOSING);
+	if (may_linger(connection, sock, closes, waited)) {
+		if (waited)
+			connection->exchange.flags |= FLAG_PEER_CLOSED;
+		connection->closed_ns = now;
+		connection->closed_end = end;
 		connection->lingers = 1;
 		return 0;
 	}
@@ -77,7 +94,7 @@ int BPF_PROG(on_process_exec, struct task_struct *task)
 	return 0;
 }
 
-/* How long a process is given to read the rest of a connection that both ends have closed. */
+/* How long a process is given to come with the rest of a connection that was closed. */
 #define LINGER_NS 1000000000
 
 /* Run by user space a few times a second over all connections. Reports what nothing else would report soon: responses
@@ -90,7 +107,7 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 	struct connection *connection, *copy;
 	__u64 key, now, begun_ns, active_ns, quiet;
 	__u32 zero = 0, length;
-	bool first;
+	bool first, open;
 	__u8 end;
 
 	if (!context->key || !context->value)
@@ -98,21 +115,26 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 	if (bpf_probe_read_kernel(&key, sizeof(key), context->key))
 		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
-	if (!connection || connection->mode != MODE_EXCHANGE || connection->state == STATE_IDLE)
+	if (!connection)
 		return 0;
 	now = bpf_ktime_get_ns();
-	begun_ns = connection->exchange.request_start_ns;
-	active_ns = connection->exchange.response_end_ns;
-	if (active_ns < connection->exchange.request_end_ns)
+	open = connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE;
+	active_ns = connection->closed_ns; /* 0 unless it lingers */
+	if (open && active_ns < connection->exchange.response_end_ns)
+		active_ns = connection->exchange.response_end_ns;
+	if (open && active_ns < connection->exchange.request_end_ns)
 		active_ns = connection->exchange.request_end_ns;
+	if (connection->lingers && now > active_ns + LINGER_NS) {
+		finish_connection(connection, connection->closed_end, connection->closed_ns);
+		forget(key);
+		return 0;
+	}
+	if (!open)
+		return 0;
+	begun_ns = connection->exchange.request_start_ns;
 	first = !connection->reports;
 	if (now - active_ns > expire_ns && now > active_ns) {
 		finish(connection, END_TIMED_OUT, now);
-		return 0;
-	}
-	if (connection->lingers && now > active_ns + LINGER_NS) {
-		finish(connection, END_CLOSED, now);
-		forget(key);
 		return 0;
 	}
 	/* Each report of a stream doubles the silence that the next one needs; the last chunk ends the wait. */

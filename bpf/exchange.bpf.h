@@ -379,6 +379,10 @@ static __always_inline void finish_stream(struct connection *connection, __u8 en
 /* The connection ended: closes the books of what is under way on it. */
 static __always_inline void finish_connection(struct connection *connection, __u8 end, __u64 now)
 {
+	if (connection->lingers) {
+		end = connection->closed_end;
+		now = connection->closed_ns;
+	}
 	if (connection->mode == MODE_STREAM)
 		finish_stream(connection, end, now);
 	else if (connection->mode == MODE_EXCHANGE && connection->state != STATE_IDLE)

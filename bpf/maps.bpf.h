@@ -69,6 +69,7 @@ struct connection {
 	__u64 cursor_index;
 	__u64 cursor_offset;
 	__u64 cursor_limit;
+	__u64 closed_ns;  /* of a connection that lingers: when TCP closed it */
 	__u64 tls_object; /* key of the entry in tls_objects that leads here, with tls_tgid; 0 when none does */
 	__u32 tls_tgid;
 	__u32 undo_data_length;
@@ -86,13 +87,14 @@ struct connection {
 	__u8 peer_tries; /* look-ups of the peer that found none */
 	__u8 tail_valid;
 	__u8 undo_tail_valid;
-	__u8 lingers; /* closed by TCP, but the process still has the socket and unread bytes in it */
+	__u8 lingers; /* closed by TCP, but the process may still come with bytes of it */
+	__u8 closed_end; /* with closed_ns: enum exchange_end */
+	__u8 writing; /* a call of a TLS library was entered that writes, and has not returned */
 	__u8 told; /* stream mode: a segment reached the ring buffer */
 	__u8 passed_over; /* ignored because of its port: looked at again when the selection changes */
 	__u8 follows; /* the exchange began behind another response, which may go on */
 	__u8 http2; /* in stream mode: of HTTP/2 */
 	__u8 tls; /* what the socket carries are TLS records; the exchange is made of what the TLS library is given */
-	__u8 _pad[2];
 	struct frame_walk walks[2]; /* of HTTP/2: the requests' direction, the responses' */
 	struct record_exchange exchange; /* followed by data: together they are the record */
 	__u8 data[REQUEST_CAP_MAX + RESPONSE_CAP_MAX + COPY_SLACK];

@@ -285,6 +285,8 @@ __noinline int on_plaintext(__u64 sock, __u64 buffer, __u64 length, __u64 direct
 		return 0;
 	now = bpf_ktime_get_ns();
 	response = egress == (connection->exchange.role == ROLE_SERVER);
+	if (entering)
+		connection->writing = 1;
 	if (connection->mode == MODE_STREAM) {
 		if (!entering)
 			stream_transfer(connection, &transfer, response);
@@ -433,7 +435,10 @@ __noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 resu
 	struct transfer transfer = { .buffer = buffer, .length = moved };
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 
-	if (!connection || connection->mode == MODE_IGNORED)
+	if (!connection)
+		return 0;
+	connection->writing = 0;
+	if (connection->mode == MODE_IGNORED)
 		return 0;
 	if (connection->mode == MODE_STREAM) {
 		if (moved > 0)

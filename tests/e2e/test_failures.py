@@ -315,7 +315,7 @@ def _serve_part_and_close(port: int, part: bytes, reset: bool) -> _Times:
     with listen(port) as listener, accept(listener) as connection:
         start = _timed(receive_head, connection)
         sent = _timed(send_all, connection, part)
-        time.sleep(3 * _APART_SECONDS)  # the client reads what there is; a reset would discard it
+        time.sleep(3 * _APART_SECONDS)  # the client reads what there is
         closed = _timed(close_with_reset if reset else socket.socket.close, connection)
         return _Times(start, sent if part else closed)
 
@@ -332,6 +332,36 @@ def _take_all(port: int, part: bytes, reset: bool) -> _Times:
                 raise
         closed = _timed(connection.close)
         return _Times(start, received if part else closed)
+
+
+@pytest.mark.parametrize("pipelined", [False, True], ids=["one", "pipelined"])
+@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
+def test_a_response_is_read_behind_the_end(edge: Edge, reset: bool, pipelined: bool) -> None:
+    """A client that reads only when the server is gone, and itself will send no more, still has its responses."""
+    edge.server.start(_serve_and_go, edge.port, reset, pipelined)
+    assert edge.client.call(_read_late, edge.port, reset, pipelined) == (1 + pipelined) * len(response())
+    edge.server.result()
+    spans = edge.spans(1 + pipelined)
+    for span in (*spans.servers, *spans.clients):
+        assert seen(span) == Seen(_PATH, 200, None), edge.agent.state()
+    assert not edge.dropped()
+
+
+def _serve_and_go(port: int, reset: bool, pipelined: bool) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive(connection, (1 + pipelined) * len(_REQUEST))
+        send_all(connection, (1 + pipelined) * response())
+        if reset:
+            close_with_reset(connection)
+
+
+def _read_late(port: int, reset: bool, pipelined: bool) -> int:
+    with connect(port) as connection:
+        send_all(connection, (1 + pipelined) * _REQUEST)
+        if not reset:
+            connection.shutdown(socket.SHUT_WR)
+        time.sleep(3 * _APART_SECONDS)
+        return len(receive(connection, (1 + pipelined) * len(response())))
 
 
 def test_server_closes_a_kept_connection(edge: Edge) -> None:

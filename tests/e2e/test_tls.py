@@ -7,16 +7,21 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import socket
+import ssl
 import subprocess
 from collections import Counter
 from pathlib import Path
 
 import pytest
+from h2.connection import H2Connection
+from h2.events import StreamEnded
 
 from tests.collector import CollectedSpan
 from tests.e2e import servers
 from tests.e2e.harness import AgentProcess, Process, clean_environment, curl, free_port, one, show, wait_until
 from tests.e2e.load import run_wrk
+from tests.e2e.scripted import close_with_reset
 from tests.e2e.servers import APPS, STATUSES, Server
 from tests.e2e.test_capabilities import dropping_all_but
 
@@ -123,6 +128,37 @@ def test_http2_over_tls(tls_agent, serve, public_path: Path, pem: Path):
     assert len(served) == 2000 + STATUSES.count(200)
     assert books.begun == books.handed_over + sum(books.dropped.values())
     assert not set(books.dropped) - {"no_request"}, books
+
+
+def test_what_was_written_before_the_connection_ended_is_seen(tls_agent, serve, public_path: Path, pem: Path):
+    """A client has the last bytes, and has reset the connection, before the server's call that wrote them returns."""
+    library = public_path / "slow_write.so"
+    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, APPS / "slow_write.c", "-ldl"], check=True, timeout=60)
+    port = free_port()
+    server = nginx(port, public_path, pem, alpn="http2")
+    server.environment["LD_PRELOAD"] = str(library)
+    serve(server, port)
+    tracing = tls_agent([port])
+    wait_for_libraries(tracing)
+    context = ssl.create_default_context(cafile=pem)
+    context.set_alpn_protocols(["h2"])
+    with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 30), server_hostname="localhost") as secure:
+        client = H2Connection()
+        client.initiate_connection()
+        fields = [
+            (":method", "GET"),
+            (":scheme", "https"),
+            (":authority", f"localhost:{port}"),
+            (":path", "/status/200"),
+        ]
+        client.send_headers(1, fields, end_stream=True)
+        secure.sendall(client.data_to_send())
+        while not any(isinstance(event, StreamEnded) for event in client.receive_data(secure.recv(65536))):
+            pass
+        close_with_reset(secure)
+    (span,) = tracing.exact_spans(1, port=port, kind="SERVER")
+    assert span.attributes["http.response.status_code"] == 200
+    assert "error.type" not in span.attributes
 
 
 @pytest.mark.parametrize("name", SERVERS)
