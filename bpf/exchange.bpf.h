@@ -634,6 +634,7 @@ __noinline int tell_process(__u32 tgid)
 	scratch = bpf_map_lookup_elem(&process_scratch, &zero);
 	if (!scratch)
 		return 0;
+	scratch->owner = bpf_get_current_pid_tgid();
 	record = &scratch->record;
 	record->kind = RECORD_PROCESS;
 	record->tgid = tgid;
@@ -650,6 +651,8 @@ __noinline int tell_process(__u32 tgid)
 	length = unfollowed(scratch->names_bytes);
 	opaque(length);
 	length &= sizeof(scratch->names) - 1; /* for the verifier: it is less */
+	if (scratch->owner != (__u32)bpf_get_current_pid_tgid())
+		return 0; /* preempted by another one, see SCRATCHES: the next exchange tells of it */
 	/* Woken at once: a short-lived process may be gone from /proc soon. */
 	if (bpf_ringbuf_output(&records, record, sizeof(*record) + length, BPF_RB_FORCE_WAKEUP))
 		count(COUNTER_PROCESSES_LOST);
@@ -848,13 +851,17 @@ __noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 	struct segment_scratch *scratch;
 	struct user_iovec iovec = { .base = address, .length = length };
-	__u64 captured;
+	__u64 *sent, captured;
 
 	if (!connection)
 		return 0;
-	scratch = fill_segment(connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, bpf_ktime_get_ns());
-	if (!scratch)
+	sent = response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes;
+	scratch = claim_scratch();
+	if (!scratch) {
+		*sent += length;
 		return 0;
+	}
+	fill_segment(scratch, connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, bpf_ktime_get_ns());
 	connection->cursor_index = 0;
 	connection->cursor_offset = 0;
 	for (__u32 i = 0; i < 64; i++) {
@@ -889,8 +896,8 @@ __noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 
 	}
 	if (scratch->record.captured > SEGMENT_CAP)
 		scratch->record.captured = SEGMENT_CAP;
-	send_segment(connection, scratch,
-		     response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes, length);
+	send_segment(connection, scratch, sent, length);
+	release_scratch(scratch);
 	return 0;
 }
 
@@ -925,7 +932,7 @@ static __always_inline void stream_transfer(const struct connection *connection,
 static __always_inline void enter_stream_mode(struct connection *connection)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	struct segment_scratch *scratch = fill_segment(connection, DIRECTION_REQUEST, exchange->request_start_ns);
+	struct segment_scratch *scratch;
 	__u64 length = exchange->request_bytes, offset = 0;
 	__u64 captured = connection->data_length;
 
@@ -934,8 +941,10 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	count_stream();
 	count(COUNTER_STREAMED);
 	exchange->response_bytes = 0;
-	if (!scratch || !length)
+	scratch = length ? claim_scratch() : 0;
+	if (!scratch)
 		return;
+	fill_segment(scratch, connection, DIRECTION_REQUEST, exchange->request_start_ns);
 	opaque(captured);
 	if (captured > request_cap)
 		captured = request_cap;
@@ -947,6 +956,7 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	if (connection->http2)
 		scratch->record.flags = SEGMENT_HTTP2;
 	send_segment(connection, scratch, &offset, length);
+	release_scratch(scratch);
 }
 
 static __always_inline void undo_point(struct connection *connection, bool response, __u32 tid)

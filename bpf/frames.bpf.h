@@ -46,13 +46,6 @@
 
 #define PREFACE_BYTES 24 /* RFC 9113 section 3.4 */
 
-static __always_inline struct segment_scratch *scratch_space(void)
-{
-	__u32 zero = 0;
-
-	return bpf_map_lookup_elem(&segment_scratch, &zero);
-}
-
 /* Whether a frame with such a header may be: it only has to be found out soon that the place is wrong. */
 static __always_inline bool may_be_frame(__u32 length, __u8 kind, __u32 stream)
 {
@@ -134,13 +127,12 @@ __noinline int gather_first(__u64 address, __u64 iov_count, __u64 length)
  * shows it by its first field. Requests begin with :method, :scheme, :path or :authority, responses with :status (RFC 7541
  * appendix A); an entry of the dynamic table could be either. Returns enum segment_direction, or 0.
  */
-__noinline int recognise_frames(__u64 address, __u64 iov_count, __u64 length)
+static __always_inline int recognise(struct segment_scratch *scratch, __u64 address, __u64 iov_count, __u64 length)
 {
-	struct segment_scratch *scratch = scratch_space();
 	__u64 end;
 	__u8 field;
 
-	if (!scratch || gather_first(address, iov_count, length) < 16 || !is_likely_frame(scratch->data))
+	if (gather_first(address, iov_count, length) < 16 || !is_likely_frame(scratch->data))
 		return 0;
 	if (scratch->data[3] != FRAME_HEADERS || !(scratch->data[4] & FRAME_END_HEADERS) ||
 	    (scratch->data[4] & FRAME_PADDED) || !(scratch->data[8] & 1))
@@ -165,6 +157,19 @@ __noinline int recognise_frames(__u64 address, __u64 iov_count, __u64 length)
 	if (field >= 1 && field <= 7)
 		return DIRECTION_REQUEST;
 	return field >= 8 && field <= 14 ? DIRECTION_RESPONSE : 0;
+}
+
+/* Global for the reason given at absorb_iovecs(). */
+__noinline int recognise_frames(__u64 address, __u64 iov_count, __u64 length)
+{
+	struct segment_scratch *scratch = claim_scratch();
+	int direction;
+
+	if (!scratch)
+		return 0;
+	direction = recognise(scratch, address, iov_count, length);
+	release_scratch(scratch);
+	return direction;
 }
 
 /* The connection is one of HTTP/2, and its requests begin with the preface, of which so many bytes have been seen before.
@@ -352,7 +357,9 @@ fault:
 	return WALK_ENDS;
 }
 
-/* Begins the walk over a transfer; returns whether the place among the frames is known. Global, see above. */
+/* Begins the walk over a transfer, which end_walk() has to follow; returns whether the place among the frames is known.
+ * Global, see above.
+ */
 __noinline int begin_walk(__u64 sock, __u64 address, __u64 iov_count, __u64 length, __u64 response)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
@@ -363,19 +370,25 @@ __noinline int begin_walk(__u64 sock, __u64 address, __u64 iov_count, __u64 leng
 	if (!connection)
 		return 0;
 	walk = &connection->walks[response ? 1 : 0];
+	scratch = claim_scratch();
+	if (!scratch) {
+		if (!walk->lost)
+			lose_frames(walk);
+		if (response)
+			connection->exchange.response_bytes += length;
+		else
+			connection->exchange.request_bytes += length;
+		return 0;
+	}
 	now = walk->entered_ns ? walk->entered_ns : bpf_ktime_get_ns();
 	walk->entered_ns = 0;
 	if (walk->lost || !http2_enabled) {
 		walk->lost = 1;
-		if (http2_enabled && address && gather_first(address, iov_count, length) >= FRAME_HEADER_BYTES) {
-			scratch = scratch_space();
-			if (scratch && is_likely_frame(scratch->data))
-				walk->lost = 0;
-		}
+		if (http2_enabled && address && gather_first(address, iov_count, length) >= FRAME_HEADER_BYTES &&
+		    is_likely_frame(scratch->data))
+			walk->lost = 0;
 	}
-	scratch = fill_segment(connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, now);
-	if (!scratch)
-		return 0;
+	fill_segment(scratch, connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, now);
 	scratch->record.flags = SEGMENT_HTTP2;
 	scratch->iov = address;
 	scratch->iov_count = iov_count;
@@ -395,7 +408,9 @@ __noinline int begin_walk(__u64 sock, __u64 address, __u64 iov_count, __u64 leng
 	return address && !walk->lost;
 }
 
-/* Ends it: sends what is left to be sent, and tells of the rest when it was not walked over. Global, see above. */
+/* Ends it: sends what is left to be sent, tells of the rest when it was not walked over, and releases the scratch space.
+ * Global, see above.
+ */
 __noinline int end_walk(__u64 sock, __u64 response, __u64 was_lost)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
@@ -406,15 +421,17 @@ __noinline int end_walk(__u64 sock, __u64 response, __u64 was_lost)
 		return 0;
 	walk = &connection->walks[response ? 1 : 0];
 	flush_frames(sock, response);
-	if (scratch->done >= scratch->length)
-		return 0;
-	/* The place is lost, or the transfer is too long to be walked over to its end, or it cannot be read. */
-	if (!walk->lost)
-		lose_frames(walk);
-	scratch->gap = scratch->length - scratch->done;
-	scratch->done = scratch->length;
-	scratch->ended = !was_lost; /* it is told at once, and only then */
-	return flush_frames(sock, response);
+	if (scratch->done < scratch->length) {
+		/* The place is lost, or the transfer is too long to be walked over to its end, or it cannot be read. */
+		if (!walk->lost)
+			lose_frames(walk);
+		scratch->gap = scratch->length - scratch->done;
+		scratch->done = scratch->length;
+		scratch->ended = !was_lost; /* it is told at once, and only then */
+		flush_frames(sock, response);
+	}
+	release_scratch(scratch);
+	return 0;
 }
 
 /* Some of the steps and what is to be done between them; returns 0 when the walk is at its end. Global, see above. */

@@ -295,7 +295,14 @@ struct {
 	__type(value, struct send);
 } sends SEC(".maps");
 
+/* Threads that may be at work on one CPU at a time: where the kernel can be preempted, so can these programs (uprobes since
+ * 6.0, commit 8c7dcb84e3b7; tracepoints since 7.0), and another one runs meanwhile.
+ */
+#define SCRATCHES 3
+
 struct segment_scratch {
+	__u32 owner; /* tid of the thread that has it, 0 when none does */
+	__u32 _pad;
 	struct record_segment record;
 	__u8 data[SEGMENT_CAP + SEGMENT_SLACK];
 	/* A walk over the frames of a transfer: where its bytes are, and how far it is. */
@@ -318,7 +325,8 @@ struct segment_scratch {
 #define CGROUP_LEVELS 16
 
 struct process_scratch {
-	__u64 names_bytes;
+	__u32 owner; /* tid of the thread that used it last */
+	__u32 names_bytes;
 	struct record_process record;
 	char names[2 * CGROUP_NAMES_CAP]; /* a power of two */
 };
@@ -331,10 +339,10 @@ struct {
 	__type(value, struct process_scratch);
 } process_scratch SEC(".maps");
 
-/* Per-CPU space to build records that do not live in a connection. */
+/* Per-CPU spaces to build records that do not live in a connection. All taken: what the thread moved is lost, and counted. */
 struct {
 	__uint(type, BPF_MAP_TYPE_PERCPU_ARRAY);
-	__uint(max_entries, 1);
+	__uint(max_entries, SCRATCHES);
 	__type(key, __u32);
 	__type(value, struct segment_scratch);
 } segment_scratch SEC(".maps");

@@ -31,15 +31,52 @@ static __always_inline __u64 wakeup_flags(void)
 	return wakeup_flags_at(bpf_ringbuf_query(&records, BPF_RB_AVAIL_DATA));
 }
 
-static __always_inline struct segment_scratch *fill_segment(struct connection *connection, __u8 direction, __u64 now)
+/* The space that belongs to `owner`, or 0. */
+static __always_inline struct segment_scratch *find_scratch(__u32 owner)
+{
+	static const __u32 keys[SCRATCHES] = { 0, 1, 2 }; /* not on the stack, of which callers have none to spare */
+	struct segment_scratch *scratch;
+
+#pragma unroll
+	for (int i = 0; i < SCRATCHES; i++) {
+		scratch = bpf_map_lookup_elem(&segment_scratch, &keys[i]);
+		if (scratch && scratch->owner == owner)
+			return scratch;
+	}
+	return 0;
+}
+
+/* The space that the current thread has claimed. */
+static __always_inline struct segment_scratch *scratch_space(void)
+{
+	return find_scratch(bpf_get_current_pid_tgid());
+}
+
+/* Claims a space for the current thread until release_scratch(). Two threads get the same one only if each is preempted
+ * by the other, the first time between the two lines that matter here.
+ */
+static __always_inline struct segment_scratch *claim_scratch(void)
+{
+	struct segment_scratch *scratch = find_scratch(0);
+
+	if (scratch)
+		scratch->owner = bpf_get_current_pid_tgid();
+	else
+		count(COUNTER_SEGMENTS_LOST);
+	return scratch;
+}
+
+static __always_inline void release_scratch(struct segment_scratch *scratch)
+{
+	scratch->owner = 0;
+}
+
+/* Fills in what segments of the connection have in common. */
+static __always_inline void fill_segment(struct segment_scratch *scratch, struct connection *connection, __u8 direction,
+					 __u64 now)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	struct segment_scratch *scratch;
-	__u32 zero = 0;
 
-	scratch = bpf_map_lookup_elem(&segment_scratch, &zero);
-	if (!scratch)
-		return 0;
 	scratch->record.kind = RECORD_SEGMENT;
 	scratch->record.role = exchange->role;
 	scratch->record.direction = direction;
@@ -55,7 +92,6 @@ static __always_inline struct segment_scratch *fill_segment(struct connection *c
 	scratch->record.remote_port = exchange->remote_port;
 	__builtin_memcpy(scratch->record.local_address, exchange->local_address, 16);
 	__builtin_memcpy(scratch->record.remote_address, exchange->remote_address, 16);
-	return scratch;
 }
 
 static __always_inline void send_segment(struct connection *connection, struct segment_scratch *scratch, __u64 *offset,
@@ -72,7 +108,7 @@ static __always_inline void send_segment(struct connection *connection, struct s
 		captured = SEGMENT_CAP;
 	/* An eighth is left to what is no segment: the close that ends a connection's requests, above all. */
 	if (waiting + size / 8 > size ||
-	    bpf_ringbuf_output(&records, scratch, sizeof(scratch->record) + captured, wakeup_flags_at(waiting))) {
+	    bpf_ringbuf_output(&records, &scratch->record, sizeof(scratch->record) + captured, wakeup_flags_at(waiting))) {
 		count(COUNTER_SEGMENTS_LOST);
 		return;
 	}

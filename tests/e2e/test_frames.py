@@ -12,9 +12,11 @@ import socket
 import time
 from collections import defaultdict
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
+from agent.kernel._libbpf import ffi, lib
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
 from agent.model import ConnectionClosed, Role, Segment
@@ -205,3 +207,57 @@ def test_no_frames(capture: Capture) -> None:
             (whole + 491, block, len(block), 3),
         ]
     assert lost >= 2
+
+
+def occupy(capture: Capture, taken: int) -> None:
+    """Mark so many of the spaces that segments are made in as those of a thread that was preempted, on all processors."""
+    cpus = lib.libbpf_num_possible_cpus()
+    spaces = capture.map_fd("segment_scratch")
+    (size,) = (
+        (int(line.split()[1]) + 7) // 8 * 8
+        for line in Path(f"/proc/self/fdinfo/{spaces}").read_text().splitlines()
+        if line.startswith("value_size:")
+    )
+    for index in range(3):
+        value = ffi.new("unsigned char[]", size * cpus)
+        for cpu in range(cpus):
+            ffi.cast("uint32_t *", value + size * cpu)[0] = 0xFFFFFFFF if index < taken else 0
+        assert not lib.bpf_map_update_elem(spaces, ffi.new("uint32_t *", index), value, 0)
+
+
+@pytest.fixture
+def spaces(capture: Capture) -> Iterator[None]:
+    """Free again at the end."""
+    yield
+    occupy(capture, 0)
+
+
+@pytest.mark.usefixtures("spaces")
+def test_preempted_threads_keep_their_segments(capture: Capture) -> None:
+    """While two others are at work on the same processor a thread has a space of its own, time after time."""
+    connection = Connection(capture, random.Random(1))
+    occupy(capture, 2)
+    connection.send(REQUEST, PREFACE + frames(connection.choice, 20), whole=True)
+    connection.send(RESPONSE, frames(connection.choice, 20), whole=True)
+    connection.close()
+    found = told(capture, connection)
+    for end, expected in connection.expected.items():
+        assert found[end] == expected, end
+
+
+@pytest.mark.usefixtures("spaces")
+def test_without_a_space_what_moves_is_a_gap(capture: Capture) -> None:
+    """It is counted as lost, and what comes later is placed behind it."""
+    connection = Connection(capture, random.Random(1))
+    first, lost, block = raw(4, 0, 0, bytes(6)), raw(1, 5, 1, b"lost"), raw(1, 5, 3, b"block")
+    before = capture.counters()["segments_lost"]
+    for taken, piece in ((0, PREFACE + first), (3, lost), (0, block)):
+        occupy(capture, taken)
+        connection.client.sendall(piece)
+        assert connection.server.recv(65536) == piece
+    assert capture.counters()["segments_lost"] == before + 2
+    connection.close()
+    found = told(capture, connection)
+    for role in (CLIENT, SERVER):
+        whole = len(PREFACE + first)
+        assert found[role, REQUEST] == [(0, PREFACE + first, whole, 1), (whole + len(lost), block, len(block), 3)]
