@@ -232,6 +232,7 @@ struct tls_thread {
 	__u64 object; /* of the call under way, 0 outside of calls */
 	__u64 stack;  /* stack pointer at its entry: a call that begins above it proves that this one was left */
 	__u64 sock;   /* socket that moved TLS bytes within the call, 0 when none did yet */
+	__u64 last_sock; /* connection that the last call moved plaintext of */
 	/* For objects whose socket is read and written outside of calls. */
 	__u64 received_sock; /* socket of the last TLS bytes moved outside of calls, when they were received; else 0 */
 	__u64 called_object; /* the object that was called since then, 0 when none was, or TLS_SEVERAL */

@@ -124,6 +124,10 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 			return 0; /* the reads of io_uring are not seen: half an exchange would be a lie */
 	}
 	send->offered = transfer.length;
+	if (connection && connection->tls) {
+		on_tls_bytes(connection, true, pid_tgid); /* what they are need not be looked at */
+		return 0;
+	}
 	if (connection && connection->mode == MODE_IGNORED && !connection->passed_over)
 		return 0;
 	if (kind == bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
@@ -213,6 +217,10 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	connection = connection_of(sock);
 	if (!connection && !is_captured(pid_tgid, &process))
 		return 0;
+	if (connection && connection->tls) {
+		on_tls_bytes(connection, false, pid_tgid);
+		return 0;
+	}
 	regs = call_of(bpf_get_current_task_btf());
 	if (!regs)
 		return 0;

@@ -98,6 +98,14 @@ static __always_inline __u64 tied_sock(__u64 object, __u32 tgid, bool *is_memory
 	return 0;
 }
 
+/* Whether the connection under this key is the one that the object is tied to: what tied_sock() says, at half the cost. */
+static __always_inline bool is_tied(const __u64 *sock, __u64 object, __u32 tgid)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, sock);
+
+	return connection && connection->tls_object == object && connection->tls_tgid == tgid;
+}
+
 /* Ties an object of the current process to a socket. Global for the reason given at absorb_iovecs(). */
 __noinline int tie(__u64 object, __u64 sock, __u64 is_memory)
 {
@@ -381,7 +389,9 @@ __noinline int on_tls_write_enter(__u64 object, __u64 buffer, __u64 length)
 	thread = length ? bpf_map_lookup_elem(&tls_threads, &tid) : 0;
 	if (!thread)
 		return 0;
-	sock = tied_sock(object, pid_tgid >> 32, &is_memory);
+	sock = thread->last_sock;
+	if (!sock || !is_tied(&thread->last_sock, object, pid_tgid >> 32))
+		sock = tied_sock(object, pid_tgid >> 32, &is_memory);
 	if (!sock) {
 		/* Node.js writes its first request in the same breath in which it ends the handshake: half of the proof that
 		 * they belong together is there, and the other half comes with what is sent next.
@@ -396,34 +406,45 @@ __noinline int on_tls_write_enter(__u64 object, __u64 buffer, __u64 length)
 	return 0;
 }
 
-/* The socket that the call that has just ended shows the object to be tied to, or 0. `moved`: plaintext was read. */
-static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u64 object, bool moved)
+/* What sock_of_call() returns when the call does not just confirm what is known. Global, so that its stack is not that of
+ * what follows as well.
+ */
+__noinline __u64 find_sock_of_call(__u64 tid, __u64 object, __u64 moved)
 {
+	__u32 key = tid;
+	struct tls_thread *thread = bpf_map_lookup_elem(&tls_threads, &key);
 	struct connection *connection;
+	__u64 within, sock;
 	bool is_memory;
-	__u64 sock = tied_sock(object, thread->tgid, &is_memory);
-	__u64 within = thread->sock;
-	bool contradicts = thread->conflict;
 
-	if (within)
-		thread->called_object = TLS_SEVERAL; /* what is sent outside of calls is not its */
-	if (within && !contradicts) {
-		if (sock == within)
-			return sock;
+	if (!thread)
+		return 0;
+	within = thread->sock;
+	sock = tied_sock(object, thread->tgid, &is_memory);
+	if (within && !thread->conflict) {
 		if (sock)
 			count(COUNTER_TLS_CONTRADICTED);
 		return tie(object, within, false) ? within : 0;
 	}
 	/* What was read came out of what the thread had received just before. */
-	if (!within && moved && is_memory && sock && thread->follows && sock != thread->received_sock)
-		contradicts = true;
-	if (!contradicts)
+	if (!thread->conflict && (within || !moved || !is_memory || !sock || !thread->follows || sock == thread->received_sock))
 		return sock;
 	count(COUNTER_TLS_CONTRADICTED);
 	connection = bpf_map_lookup_elem(&connections, &sock);
 	if (connection)
 		untie(connection);
 	return 0;
+}
+
+/* The socket that the call that has just ended shows the object to be tied to, or 0. `moved`: plaintext was read. */
+static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u32 tid, __u64 object, bool moved)
+{
+	if (thread->sock) {
+		thread->called_object = TLS_SEVERAL; /* what is sent outside of calls is not its */
+		if (!thread->conflict && is_tied(&thread->sock, object, thread->tgid))
+			return thread->sock;
+	}
+	return find_sock_of_call(tid, object, moved);
 }
 
 /* A write that was handled at its entry, when the thread was `pid_tgid`, has ended. Of its own, so that its stack is not
@@ -488,7 +509,10 @@ __noinline int on_tls_leave(__u64 result)
 	}
 	if (moved <= 0)
 		moved = -1;
-	sock = sock_of_call(thread, object, operation == TLS_READ && moved > 0);
+	if (operation == TLS_READ && moved < 0 && !thread->sock && !thread->conflict)
+		return 0; /* there was nothing to read, and nothing is shown */
+	sock = sock_of_call(thread, tid, object, operation == TLS_READ && moved > 0);
+	thread->last_sock = sock;
 	if (operation == TLS_HANDSHAKE)
 		return 0;
 	if (entered)

@@ -179,7 +179,7 @@ def test_the_suggested_commands_work_while_the_demo_stays(staying):
     spans = [int(count) for count in re.findall(r"^trace .*?(\d+) spans", staying.out, re.MULTILINE)]
     assert spans == [10, 10, 4]
     children = staying.children()
-    assert staying.end(signal.SIGINT) == 0
+    assert staying.end(signal.SIGINT) == 0, staying.err
     assert not [pid for pid in children if Path(f"/proc/{pid}").exists()]
 
 
