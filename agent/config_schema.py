@@ -169,7 +169,10 @@ class Capture(Section, frozen=True):
     response_head_bytes: Annotated[
         int,
         Meta(ge=64, le=2048),
-        _help("Bytes of a response's head that are copied. Live up to `limits.response_head_bytes`."),
+        _help(
+            "Bytes of a response's head that are copied, and of the body behind a shorter one: where a status of "
+            "gRPC-Web is read. Live up to `limits.response_head_bytes`."
+        ),
     ] = 256
     request_headers: Annotated[
         tuple[HeaderName, ...],
