@@ -176,6 +176,12 @@ def test_a_tail_that_could_be_another_line_says_nothing(block):
     assert "spanloom.rpc.response.messages" not in dict(call.all_attributes())
 
 
+def test_a_tail_of_trailers_without_a_status_says_nothing():
+    """Malformed ones: their only line has another name."""
+    for block in (b"x-grpc-state:0\r\n", b"x-grpc-statues: 0\r\n", b"grpc-status=\r\n:0\r\n", b"grpc-status:000\r\n"):
+        assert status_of(parser().parse(cut(asking(), answering(message(3) + trailers(block)), 8))) == ""
+
+
 LINES = st.sampled_from(
     [b"x-status:1\r\n", b"atus:3\r\n", b"tus: 4\r\n", b"a:\r\n", b"b:12\r\n", b"grpc-message:no\r\n", b"us:14\r\n"]
 )
@@ -226,6 +232,7 @@ def test_pieces_of_any_size(sizes, seed, is_text, is_chunked):
     "response",
     [
         answering(b"\x1f\x8b" + bytes(40), "application/grpc-web", "Content-Encoding: gzip"),
+        answering(message(2) + trailers(), "application/grpc-web", "Content-Encoding: br"),  # frames by chance
         answering(message(2) + b"\x81" + trailers()[1:]),
         answering(message(2) + trailers() + message(1)),
         answering(message(2) + b"\x80\0\0\0\xff" + OK_TRAILERS),
