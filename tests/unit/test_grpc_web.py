@@ -14,6 +14,7 @@ from agent.model import Call, End, Exchange, Flag, Role
 from agent.protocols import grpc
 from tests.unit.http2_traffic import message
 from tests.unit.test_http1 import exchange, parse, parser
+from tests.unit.test_http1_stream import Wire
 
 OK_TRAILERS = b"grpc-status:0\r\n"
 
@@ -252,6 +253,19 @@ def test_bodies_that_say_nothing(response):
     call = parser().parse(exchange(asking(), response, end=End.NEXT))
     assert status_of(call) == ""
     assert not call.error
+
+
+def test_pipelined_calls():
+    """Of a connection that is read as a stream only heads are kept, and the last bytes."""
+    wire = Wire().ask(asking() + asking(b"", "/pkg.Echo/Two") + asking())
+    short, headed, long = answering(trailers()), answering(b"", "application/grpc-web", "grpc-status: 5"), message(90)
+    wire.answer(short + headed + answering(long + trailers()))
+    calls = [parser().parse(one) for one in wire.exchanges]
+    assert [(call.name, status_of(call)) for call in calls] == [
+        ("pkg.Echo/Unary", "OK"),
+        ("pkg.Echo/Two", "NOT_FOUND"),
+        ("pkg.Echo/Unary", ""),
+    ]
 
 
 def test_the_same_head_again():
