@@ -150,6 +150,14 @@ class Capture(Section, frozen=True):
         Meta(ge=0, le=86400),
         _help("How long the probes stay on a TLS library that no process runs any more."),
     ] = 300.0
+    announce_open_seconds: Annotated[
+        Annotated[float, Meta(ge=0.2, le=86400)] | None,
+        _help(
+            "A request that is still open after this long (a gRPC stream, a long poll) is told of by another span, "
+            "`<name> (opened)`: of kind INTERNAL, without a length, at the request's beginning, and with the attribute "
+            "`spanloom.opened`. It is the child of the request's span, which comes with its end; null: never."
+        ),
+    ] = None
     request_head_bytes: Annotated[
         int,
         Meta(ge=256, le=8192),
@@ -161,7 +169,10 @@ class Capture(Section, frozen=True):
     response_head_bytes: Annotated[
         int,
         Meta(ge=64, le=2048),
-        _help("Bytes of a response's head that are copied. Live up to `limits.response_head_bytes`."),
+        _help(
+            "Bytes of a response's head that are copied, and of the body behind a shorter one: where a status of "
+            "gRPC-Web is read. Live up to `limits.response_head_bytes`."
+        ),
     ] = 256
     request_headers: Annotated[
         tuple[HeaderName, ...],

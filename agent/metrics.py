@@ -15,7 +15,11 @@ if TYPE_CHECKING:
     from agent.runtime import Agent
 
 _BOOKS = (
-    Metric("spanloom_exchanges_begun_total", "Exchanges that the kernel saw begin.", "counter"),
+    Metric(
+        "spanloom_exchanges_begun_total",
+        "Exchanges that the kernel saw begin, and spans that told of an open one.",
+        "counter",
+    ),
     Metric("spanloom_spans_handed_over_total", "Spans given to the exporter or the console.", "counter"),
     Metric("spanloom_spans_sampled_out_total", "Spans of traces that were not sampled.", "counter"),
     Metric(
@@ -55,6 +59,11 @@ _STITCHING = (
     Metric(
         "spanloom_stitching_released_early_total",
         "Exchanges placed before everything was known, because of a bound.",
+        "counter",
+    ),
+    Metric(
+        "spanloom_stitching_openings_total",
+        "Spans that told of an exchange which was still open (capture.announce_open_seconds).",
         "counter",
     ),
     Metric("spanloom_stitching_parents_lost_total", "Exchanges whose parent or peer never arrived.", "counter"),
@@ -182,6 +191,7 @@ def metric_sources(agent: Agent) -> list[Source]:
     def stitching() -> dict[str, Any]:
         return {
             "spanloom_stitching_released_early_total": agent.stitcher.released_early,
+            "spanloom_stitching_openings_total": agent.stitcher.openings,
             "spanloom_stitching_parents_lost_total": agent.stitcher.parents_lost,
             "spanloom_stitching_ambiguous_total": agent.stitcher.ambiguous,
             "spanloom_propagation_malformed_total": dict(agent.extractor.malformed),

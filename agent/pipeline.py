@@ -83,6 +83,7 @@ _Decision = tuple[int, tuple[int, int], bool, list[Callable[[Exchange], Call]]]
 class Books(msgspec.Struct, frozen=True, kw_only=True):
     """``begun = handed_over + sampled_out + sum(dropped.values()) + in_flight`` holds exactly.
 
+    A span that tells of an exchange which is still open counts as begun, too, when it is made.
     ``handed_over`` spans have left the pipeline for an exporter or the console; the exporter keeps books of its own.
     ``begun``, ``handed_over``, ``sampled_out`` and ``dropped`` never fall.
     """
@@ -105,6 +106,7 @@ class _Account(msgspec.Struct, frozen=True, kw_only=True):
 
     received: int = 0
     streamed: int = 0
+    openings: int = 0
     handed_over: int = 0
     sampled_out: int = 0
     dropped: dict[str, int] = {}
@@ -321,7 +323,11 @@ class Pipeline:
         streams_unseen = kernel["streamed"] - kernel["streams_untold"] - account.streams_seen
         return Books(
             # What entered stream mode counts as one exchange until its segments tell how many it is.
-            begun=kernel["begun"] - account.streams_seen + account.streamed + account.streams_outstanding,
+            begun=kernel["begun"]
+            - account.streams_seen
+            + account.streamed
+            + account.streams_outstanding
+            + account.openings,
             handed_over=account.handed_over,
             sampled_out=account.sampled_out,
             dropped=+dropped,
@@ -337,6 +343,7 @@ class Pipeline:
         self._account = _Account(
             received=self.received,
             streamed=self.streamed,
+            openings=self._stitcher.openings,
             handed_over=self.handed_over,
             sampled_out=self._stitcher.sampled_out,
             dropped=dropped,

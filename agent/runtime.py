@@ -138,6 +138,7 @@ class Agent:
             threads_interleave=lambda process: self.pipeline.threads_interleave(process),
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
+            announce_open_ns=int((config.capture.announce_open_seconds or 0) * 1e9),
         )
         self.tls = TlsWatch(self.capture, Libraries(), os.getpid(), config.capture.tls_idle_seconds)
         self.hold = Hold(hold_ns=int(config.kubernetes.wait_seconds * 1e9))
@@ -293,6 +294,7 @@ class Agent:
             sampler,
             hold_ns=int(config.stitching.hold_seconds * 1e9),
             hold_spans=config.stitching.hold_spans,
+            announce_open_ns=int((config.capture.announce_open_seconds or 0) * 1e9),
         )
         self.hold.hold_ns = int(config.kubernetes.wait_seconds * 1e9)
         if old.export != config.export:

@@ -39,6 +39,13 @@ _SERVER = int(Role.SERVER)
 _KINDS = {int(Role.SERVER): int(SpanKind.SERVER), int(Role.CLIENT): int(SpanKind.CLIENT)}
 _CAUSE: Attributes = (("spanloom.link.reason", "served_exchange"),)
 _OTHER_CONTEXT: Attributes = (("spanloom.link.reason", "other_context"),)
+_INTERNAL = int(SpanKind.INTERNAL)
+_OPENED: dict[int, tuple[str, str]] = {
+    int(Role.SERVER): ("spanloom.opened", "server"),
+    int(Role.CLIENT): ("spanloom.opened", "client"),
+}
+_OUTCOME = ("http.response.", "http.request.body.", "rpc.response.", "spanloom.rpc.", "spanloom.response.", "error.")
+"""Attributes that only the end decides: what a request that is open tells of begins with none of these."""
 
 
 class _Trace(msgspec.Struct, frozen=True, gc=False):
@@ -92,6 +99,9 @@ class Stitcher:
 
     ``threads_interleave(process)`` tells whether a process runs several requests on one thread in a way that the
     kernel cannot see (goroutines, event loops): the kernel's parent is not used there.
+
+    An announced exchange that is still open ``announce_open_ns`` after its beginning (0: never) makes a span beside its
+    own, once and as soon as it is placed: without a length, at its beginning, and below its own.
     """
 
     def __init__(
@@ -101,6 +111,7 @@ class Stitcher:
         threads_interleave: Callable[[ProcessKey], bool] = lambda process: False,
         hold_ns: int = 5_000_000_000,
         hold_spans: int = 50_000,
+        announce_open_ns: int = 0,
         random_bytes: Callable[[int], bytes] = os.urandom,
     ) -> None:
         self._keeps = sampler.keeps
@@ -108,6 +119,7 @@ class Stitcher:
         self._threads_interleave = threads_interleave
         self._hold_ns = hold_ns
         self._hold_spans = hold_spans
+        self._announce_open_ns = announce_open_ns
         self._random_bytes = random_bytes
         self._random = b""
         self._random_position = 0
@@ -132,10 +144,13 @@ class Stitcher:
         self._undecided: dict[int, _Node] = {}
         self._expected: dict[int, _Node | list[_Node]] = {}
         self._announced: dict[int, _Node] = {}
+        self._opened: set[int] = set()  # those of _announced that a span has told of
         self._placed: list[_Node] = []
         self.held = 0
         """Finished exchanges that wait for their place."""
         self.sampled_out = 0
+        self.openings = 0
+        """Spans beside those of exchanges: they tell of one that was open for long."""
         self.released_early = 0
         """Exchanges placed before everything was known, because of the bounds."""
         self.parents_lost = 0
@@ -145,12 +160,13 @@ class Stitcher:
         self.clock_offset_ns = 0
         """Unix time minus CLOCK_MONOTONIC; set by the pipeline."""
 
-    def reconfigure(self, sampler: Sampler, *, hold_ns: int, hold_spans: int) -> None:
-        """Decide otherwise about traces that are not known yet, and wait otherwise, from now on."""
+    def reconfigure(self, sampler: Sampler, *, hold_ns: int, hold_spans: int, announce_open_ns: int = 0) -> None:
+        """Decide otherwise about traces that are not known yet, and wait and tell otherwise, from now on."""
         self._keeps = sampler.keeps
         self._apart.clear()
         self._hold_ns = hold_ns
         self._hold_spans = hold_spans
+        self._announce_open_ns = announce_open_ns
 
     def sample_apart(self, process: ProcessKey, sampler: Sampler | None) -> None:
         """Let a sampler of its own decide about the traces that begin in a process; None: no longer."""
@@ -184,6 +200,7 @@ class Stitcher:
         if self._announced:
             node = self._announced.pop(exchange_id, None)
             if node is not None:
+                self._opened.discard(exchange_id)
                 node.exchange = exchange
                 node.call = call
                 node.end_ns = exchange.response_end_ns
@@ -253,6 +270,7 @@ class Stitcher:
         node = self._announced.pop(exchange_id, None)
         if node is None:
             return
+        self._opened.discard(exchange_id)
         self._recent.pop(exchange_id, None)
         self._previous.pop(exchange_id, None)
         self._undecided.pop(exchange_id, None)
@@ -286,6 +304,8 @@ class Stitcher:
             if node.trace is None and (node.start_ns < overdue_ns or len(self._undecided) > self._hold_spans):
                 self.released_early += 1
                 self._decide(node)
+        if self._announce_open_ns:
+            self._tell_of_open(now_ns - self._announce_open_ns)
         if watermark_ns >= self._generation_end_ns or len(self._recent) > self._GENERATION_NODES:
             # What refers to an exchange begins before it ends. The older generation had ended when the younger one was
             # begun, and of everything that began before that a record has been seen: nobody refers to it any more.
@@ -301,6 +321,40 @@ class Stitcher:
                 self._unproven.clear()
             if len(self._migrating) > self._PROCESSES:
                 self._migrating.clear()
+
+    def _tell_of_open(self, begun_ns: int) -> None:
+        """Make the span that tells of each announced exchange that began up to ``begun_ns`` and is in a trace by now.
+
+        What it says stays true whatever comes: where and when the request was made, and nothing of how it goes on.
+        """
+        for exchange_id, node in self._announced.items():
+            trace, call = node.trace, node.call
+            if node.start_ns > begun_ns or trace is None or call is None or exchange_id in self._opened:
+                continue
+            self._opened.add(exchange_id)
+            if not trace.sampled:
+                continue
+            self.openings += 1
+            start_ns = node.start_ns + self.clock_offset_ns
+            asked = tuple(pair for pair in call.all_attributes() if not pair[0].startswith(_OUTCOME))
+            self._spans.append(
+                Span(
+                    trace.trace_id,
+                    self._new_trace_id()[8:],
+                    _span_id(node),
+                    trace.trace_state,
+                    f"{call.name} (opened)",
+                    _INTERNAL,
+                    start_ns,
+                    start_ns,
+                    (*asked, _OPENED[node.role]),
+                    False,
+                    (),
+                    "opened",
+                    True,
+                    node.process,
+                )
+            )
 
     def _still_referred_to(self) -> dict[int, _Node]:
         """What the next generation needs: what lasts or waits, and all that may be above what waits."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from agent.errors import ProtocolError
 from agent.model import AttributeGroup, Attributes, Call, End, Exchange, Flag, Role, TraceContext
+from agent.protocols import grpc_web
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
 from agent.protocols.http1_outcome import METHOD_MEANING, OVERLAPPED, failure, is_whole
@@ -95,10 +96,11 @@ class Http1(HttpProtocol):
         self._mark = _TRACEPARENT if b"traceparent" in extractor.header_names else b"\0\r\n\0"
 
     def parse(self, exchange: Exchange) -> Call:
-        """Return the best knowledge of ``exchange``, provisional or final.
+        """Return the best knowledge of ``exchange``, provisional or final; as a call of gRPC where it is gRPC-Web.
 
         ``Call.complete``: the response is whole by RFC 9112 section 6.3; of a final record it is False exactly when
-        ``error.type`` says what cut it short, or ``spanloom.response.overlapped`` that its end was not seen. Where the
+        ``error.type`` says what cut it short (or a status of gRPC does), or ``spanloom.response.overlapped`` that its
+        end was not seen. Where the
         response head was cut at the capture limit and the length stays unknown, a provisional record is not complete,
         and a final one has the benefit of the doubt.
 
@@ -265,6 +267,9 @@ class Http1(HttpProtocol):
                 for format_name, count in malformed.items():
                     self._malformed[format_name] += count
         call = Call(name, attributes, error, context, others, request_id, whole, (), decision)
+        if request.startswith(b"POST ") and grpc_web.MARK in request:
+            # What becomes of it is in its body: no two are alike.
+            return grpc_web.as_call(call, exchange, request_head_bytes, response_head_bytes), None, is_forwarded
         return call, repeats, is_forwarded
 
     def _read_request_line(self, request_line: bytes, targets: _Targets) -> tuple[bytes, Target, str]:

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
 from agent.kernel._libbpf import ffi, lib
+
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
 from agent.model import ConnectionClosed, Role, Segment
@@ -210,7 +210,7 @@ def test_no_frames(capture: Capture) -> None:
 
 
 def occupy(capture: Capture, taken: int) -> None:
-    """Mark so many of the spaces that segments are made in as those of a thread that was preempted, on all processors."""
+    """Mark so many of the spaces for segments as those of a thread that was preempted, on all processors."""
     cpus = lib.libbpf_num_possible_cpus()
     spaces = capture.map_fd("segment_scratch")
     (size,) = (

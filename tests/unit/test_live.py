@@ -666,6 +666,7 @@ LIVE = (
     "capture.request_headers",
     "capture.response_headers",
     "capture.dangerously_allow_secret_headers",
+    "capture.announce_open_seconds",
     "propagation.formats",
     "sampling.ratio",
     "sampling.parent_based",

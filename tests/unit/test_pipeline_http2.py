@@ -6,6 +6,7 @@ from agent.model import ConnectionClosed, End, PeerFound, Role, Segment
 from agent.process import Selector
 from agent.protocols.http1 import Http1
 from agent.protocols.http2 import Http2
+from agent.sampling import Sampler
 from tests.unit.exchanges import BACK, CLIENT, FRONT, MILLISECOND, SERVER, exchange
 from tests.unit.http2_traffic import AT_FRAME, HTTP2, OK, PREFACE, REQUEST, RESPONSE, Raw, get, raw
 from tests.unit.test_pipeline import OWN_TGID, Bench, segment, streamed
@@ -122,6 +123,35 @@ def test_a_long_request_is_the_parent_of_what_ends_before_it() -> None:
     assert child.parent_span_id == parent.span_id
     assert dict(child.all_attributes())["url.full"].endswith("/onward")
     running.assert_balanced(in_flight=0)
+
+
+def test_a_stream_that_stays_open_is_told_of() -> None:
+    """Before it ends, by a span that is in the books as well; of its status nothing is said before it is known."""
+    running = bench()
+    running.stitcher.reconfigure(Sampler(), hold_ns=10**9, hold_spans=100, announce_open_ns=3000 * MILLISECOND)
+    made, server = Raw(), Side(SERVER, 50, FRONT)
+    asked = made.headers(REQUEST, 1, [*get("/pkg.Echo/Tick", "POST", INBOUND), ("content-type", "application/grpc")])
+    streamed(running, server.sees(REQUEST, PREFACE + asked, 1000))
+    begun = made.headers(RESPONSE, 1, [*OK, ("content-type", "application/grpc")])
+    running.send(server.sees(RESPONSE, begun + raw(0, 0, 1, b"\0\0\0\0\1x"), 1010))
+    running.sweep(2900)
+    assert running.sink.spans == []
+    running.assert_balanced(in_flight=1)
+    running.sweep(200)
+    running.sweep(200)
+    [opening] = running.sink.spans
+    assert (opening.name, opening.trace_id.hex()) == ("pkg.Echo/Tick (opened)", TRACE)
+    told = dict(opening.all_attributes())
+    assert (told["rpc.method"], told["spanloom.opened"]) == ("pkg.Echo/Tick", "server")
+    assert not {name for name in told if "response" in name or "messages" in name}
+    running.assert_balanced(in_flight=1)
+    running.send(server.sees(RESPONSE, made.headers(RESPONSE, 1, [("grpc-status", "0")], "END_STREAM"), 9000))
+    running.sweep(9000)
+    [_, final] = running.sink.spans
+    assert (final.span_id, opening.start_time_ns) == (opening.parent_span_id, final.start_time_ns)
+    assert dict(final.all_attributes())["rpc.response.status_code"] == "OK"
+    running.assert_balanced(in_flight=0)
+    assert running.pipeline.books().handed_over == 2
 
 
 def test_what_was_told_of_and_lost_is_forgotten() -> None:

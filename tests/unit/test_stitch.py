@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.model import Call, End, Exchange, Flag, Span
+from agent.model import AttributeGroup, Call, End, Exchange, Flag, Span, SpanKind
 from agent.sampling import Sampler
 from agent.stitch import Stitcher
 from tests.unit.exchanges import (
@@ -507,6 +507,83 @@ def test_a_process_that_hands_requests_on_is_not_believed_by_chance():
     stitcher.add(exchange(5, start=1005, end_ms=1450, response_tid=9), call())
     stitcher.advance(1700 * MILLISECOND, 1700 * MILLISECOND)
     assert {span.span_id: span.parent_span_id for span in stitcher.take()}[id_bytes(2)] == b""
+
+
+# -- telling of what is open
+
+
+def tell(stitcher: Stitcher, at_ms: int) -> list[Span]:
+    """What comes out of a sweep at a time; exchanges of the tests begin at 1000 ms."""
+    stitcher.advance(at_ms * MILLISECOND, at_ms * MILLISECOND)
+    return stitcher.take()
+
+
+def test_a_request_that_stays_open_is_told_of_once():
+    """A span below its own, at its beginning, says what was asked and by whom, and nothing of an answer."""
+    stitcher = make_stitcher(announce_open_ns=5000 * MILLISECOND, random_bytes=lambda count: b"\xee" * count)
+    groups = (AttributeGroup((("rpc.method", "pkg.Echo/Tick"), ("client.address", "10.0.0.1"))),)
+    outcome = (
+        ("http.response.status_code", 200),
+        ("http.request.body.size", 5),
+        ("rpc.response.status_code", "UNKNOWN"),
+        ("spanloom.rpc.response.messages", 3),
+        ("error.type", "UNKNOWN"),
+    )
+    asked = Call("pkg.Echo/Tick", outcome, True, INBOUND, (), "", False, groups)
+    stitcher.announce(OPEN, asked)
+    assert tell(stitcher, 5999) == []
+    [opening] = tell(stitcher, 6000)
+    stitcher.announce(exchange(1, end=int(End.QUIET), end_ms=6500), asked)
+    assert tell(stitcher, 7000) == tell(stitcher, 60_000) == []
+    stitcher.add(exchange(1, end_ms=61_000), msgspec.structs.replace(asked, attributes=()))
+    [final] = tell(stitcher, 62_000)
+    assert (opening.name, opening.kind) == ("pkg.Echo/Tick (opened)", SpanKind.INTERNAL)
+    assert opening.all_attributes() == (*groups[0], ("spanloom.opened", "server"))
+    assert opening.start_time_ns == opening.end_time_ns == final.start_time_ns
+    assert (opening.trace_id, opening.parent_span_id) == (final.trace_id, final.span_id)
+    assert (opening.process_key, opening.error, opening.links) == (final.process_key, False, ())
+    assert opening.span_id != final.span_id
+    assert (stitcher.openings, stitcher._opened) == (1, set())
+
+
+@pytest.mark.parametrize("how", ["off", "ended", "withdrawn", "sampled out"])
+def test_what_is_not_told_of(how):
+    """Without the setting nothing is; with it, nothing that has ended, is lost, or is in a trace that is not wanted."""
+    sampler = Sampler(0.0 if how == "sampled out" else 1.0)
+    stitcher = make_stitcher(announce_open_ns=0 if how == "off" else 500 * MILLISECOND, sampler=sampler)
+    stitcher.announce(OPEN, call())
+    if how == "ended":
+        stitcher.add(exchange(1), call())
+    elif how == "withdrawn":
+        stitcher.withdraw(1)
+    assert len(tell(stitcher, 2000)) == (how == "ended")
+    assert (stitcher.openings, stitcher.sampled_out) == (0, 0)
+
+
+def test_a_request_that_has_no_place_yet_is_told_of_when_it_has():
+    """A call whose parent is not known yet has no trace; what tells of it would be in another one."""
+    stitcher = make_stitcher(announce_open_ns=500 * MILLISECOND)
+    prove_threads(stitcher)
+    stitcher.announce(OPEN, call(INBOUND))
+    stitcher.announce(exchange(2, CLIENT, start=1001, parent_id=1, end=int(End.OPEN), response_end_ns=0), call())
+    [opening] = tell(stitcher, 2000)
+    assert opening.parent_span_id == id_bytes(1)
+    stitcher.announce(exchange(1, end=int(End.QUIET), end_ms=2500), call(INBOUND))
+    [opening] = tell(stitcher, 3000)
+    assert (opening.trace_id, opening.parent_span_id) == (TRACE, id_bytes(2))
+    assert ("spanloom.opened", "client") in opening.attributes
+
+
+def test_telling_is_switched_on_and_off():
+    """What is open by then is told of, and nothing twice."""
+    stitcher = make_stitcher()
+    stitcher.announce(OPEN, call())
+    assert tell(stitcher, 60_000) == []
+    numbers: list[int] = []
+    for announce_open_ns in (MILLISECOND, 0, MILLISECOND):
+        stitcher.reconfigure(Sampler(), hold_ns=5 * 10**9, hold_spans=100, announce_open_ns=announce_open_ns)
+        numbers.append(len(tell(stitcher, 61_000)))
+    assert numbers == [1, 0, 0]
 
 
 def test_a_call_that_forwards_a_header_need_not_wait_for_the_answer():

@@ -3,13 +3,15 @@
 The server has every kind of call in `pkg.Echo`; with a next port its `Pass` makes the same call there, with the
 metadata `traceparent` that it got. `call` makes one call of each sort, with the number `x-number` in its metadata, and
 prints for each the method, the status that the client saw, and the numbers of messages sent and received, as JSON.
-`calls PORT COUNT THREADS [TRACEPARENT]` makes unary calls of `Pass` and prints nothing.
+`calls PORT COUNT THREADS [TRACEPARENT]` makes unary calls of `Pass` and prints nothing. `watch PORT TRACEPARENT` reads
+a stream of `Tick` until its standard input ends, then cancels it; it prints a line when the first message has come.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -123,5 +125,14 @@ def calls(port: str, count: str, threads: str, traceparent: str = "") -> None:
             pass
 
 
+def watch(port: str, traceparent: str) -> None:
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        stream = channel.unary_stream("/pkg.Echo/Tick")(b"x", metadata=[("traceparent", traceparent)])
+        next(stream)
+        print("open", flush=True)
+        threading.Thread(target=lambda: (sys.stdin.read(), stream.cancel())).start()
+        status(lambda: list(stream))
+
+
 if __name__ == "__main__":
-    {"serve": serve, "call": call, "calls": calls}[sys.argv[1]](*sys.argv[2:])
+    {"serve": serve, "call": call, "calls": calls, "watch": watch}[sys.argv[1]](*sys.argv[2:])
