@@ -256,8 +256,11 @@ def test_a_request_that_upgrades_is_one_span(agent, upgrading: int):
         assert found.attributes["user_agent.original"].startswith("curl/")
 
 
-# Apache ends an upgraded connection once a window is full, and mostly behind stream 1.
-@pytest.mark.parametrize("upgrading", ["nghttpx"], indirect=True)
+# Apache ends an upgraded connection behind stream 1, whatever its clients have asked for meanwhile.
+with_nghttpx = pytest.mark.parametrize("upgrading", ["nghttpx"], indirect=True)
+
+
+@with_nghttpx
 def test_streams_behind_an_upgrade(agent, upgrading: int, root: Path):
     """The first request is HTTP/1's, the others are streams like any other; the context and the sizes are exact."""
     tracing = agent([upgrading])
@@ -272,6 +275,19 @@ def test_streams_behind_an_upgrade(agent, upgrading: int, root: Path):
     assert values(clients, *names) == {(200, 5, "2", None): 3, (200, size, "2", None): 1}
     assert {span.trace_id for span in (*spans, *clients)} == {CONTEXT.split("-")[1]}
     assert tracing.metrics().get("spanloom_kernel_events_total{event=frames_lost}", 0) == 0
+
+
+@with_nghttpx
+def test_a_client_that_upgrades_by_default(agent, upgrading: int):
+    """Java's sends its later requests as streams of the connection that its first one has upgraded."""
+    tracing = agent([upgrading])
+    urls = [f"http://127.0.0.1:{upgrading}/{name}" for name in ("small", "small", "missing", "small")]
+    arguments = ["java", "-XX:TieredStopAtLevel=1", str(servers.APPS / "JavaClient.java"), *urls]
+    subprocess.run(arguments, env=clean_environment(H2C="1"), check=True, timeout=100, stdout=subprocess.DEVNULL)
+    spans, clients = exactly(tracing, 4)
+    for end in (spans, clients):
+        names = ("http.response.status_code", "network.protocol.version")
+        assert values(end, *names) == {(200, "2"): 3, (404, "2"): 1}
 
 
 def test_a_refused_upgrade_is_a_request_of_http1(agent, serve, public_path: Path):
@@ -290,7 +306,7 @@ def test_a_refused_upgrade_is_a_request_of_http1(agent, serve, public_path: Path
 def test_an_upgrade_without_http2(agent, upgrading: int):
     """Where HTTP/2 is not to be captured, the switch is all that is told."""
     tracing = agent([upgrading], {"capture.protocols": ["http1"]})
-    run("nghttp", "-n", "-u", f"http://127.0.0.1:{upgrading}/small", f"http://127.0.0.1:{upgrading}/large")
+    run("curl", "-sS", "--http2", f"http://127.0.0.1:{upgrading}/small")
     spans, clients = exactly(tracing, 1)
     for end in (spans, clients):
         names = ("http.response.status_code", "network.protocol.version")
