@@ -188,7 +188,7 @@ class Pipeline:
         self._pending: dict[int, Exchange] = {}
         self._pending_of: dict[int, int] = {}
         # Ids finished by a report of the sweep, in two generations: the connection's next request may, in a race,
-        # report the same exchange as new.
+        # report the same exchange as new. In another race it enters stream mode before the report is there.
         self._swept: set[int] = set()
         self._swept_before: set[int] = set()
         # Connections whose exchange or stream was finished before the kernel was done with it; twice ``max_pending`` at
@@ -436,7 +436,11 @@ class Pipeline:
         """The rarer cases: a provisional record, or one that follows a provisional record."""
         exchange_id = exchange.exchange_id
         if is_first:
-            if exchange_id in self._swept or exchange_id in self._swept_before:
+            if (
+                exchange_id in self._swept
+                or exchange_id in self._swept_before
+                or (exchange.end <= _QUIET and exchange.connection_id in self._streams)
+            ):
                 self.received -= 1  # counted twice by the kernel, too: see the race at _swept
                 self.superseded += 1
                 return

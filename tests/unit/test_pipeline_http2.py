@@ -260,6 +260,19 @@ def test_an_announced_request_that_upgrades_stays_known() -> None:
     running.assert_balanced(in_flight=0)
 
 
+def test_a_report_that_comes_behind_the_upgrade_is_none() -> None:
+    """The kernel's sweep may be about to report an exchange when it upgrades: it counts it twice, and tells late."""
+    running, server = bench(), Side(SERVER, 50, FRONT)
+    switch = switches(7, server)
+    running.source.count["begun"] -= 1  # it began once
+    streamed(running, switch).send(waits(switch))
+    assert (running.pipeline.pending, running.pipeline.superseded) == (0, 1)
+    running.assert_balanced(in_flight=1)
+    running.send(server.sees(RESPONSE, ANSWER, 1050), closes(50)).sweep()
+    assert len(running.sink.spans) == 1
+    running.assert_balanced(in_flight=0)
+
+
 def test_an_announced_request_that_upgrades_and_is_lost_is_forgotten() -> None:
     """Whether its answer was lost, or nothing but the answer was seen."""
     for is_told in (True, False):
