@@ -30,7 +30,7 @@ enum exchange_end {
 	END_CLOSED = 4,     /* the connection closed */
 	END_RESET = 5,      /* the peer reset the connection */
 	END_TIMED_OUT = 6,  /* the transport gave up (ETIMEDOUT), or the exchange outlived its limit */
-	END_HANDED_OVER = 7, /* 101 Switching Protocols or CONNECT: the connection is left alone from here on */
+	END_HANDED_OVER = 7, /* 101 or CONNECT: the connection is left alone from here on, unless it is HTTP/2 then */
 };
 
 enum exchange_flag {

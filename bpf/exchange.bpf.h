@@ -984,11 +984,13 @@ __noinline int read_upgrade_line(__u64 sock, __u64 from)
 	return value <= ' ' || value == ',' ? LINE_UPGRADES : LINE_OTHER;
 }
 
-/* Moves the cursor behind the end of a captured line, which has up to so many bytes. Returns 0 where none ends. A
- * function of its own for the reason given above.
- */
+/* So much of the head of a response, 101, is searched for what it switches to. */
+#define UPGRADE_LINES 16
 #define UPGRADE_LINE_BYTES 128
 
+/* Moves the cursor behind the end of a captured line. Returns 0 where none ends. A function of its own for the reason
+ * given above.
+ */
 __noinline int pass_line(__u64 sock)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
@@ -1007,11 +1009,9 @@ __noinline int pass_line(__u64 sock)
 	return 0;
 }
 
-/* The bytes of the head of the captured response, 101, when that switches to HTTP/2 (RFC 7540 section 3.2), else 0: also
- * of a head with longer or more lines. Global for the reason given at absorb_iovecs().
+/* The bytes of the head of the captured response, 101, when that switches to HTTP/2 (RFC 7540 section 3.2), else 0.
+ * Global for the reason given at absorb_iovecs().
  */
-#define UPGRADE_LINES 16
-
 __noinline int upgrade_head(__u64 sock)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
@@ -1052,6 +1052,8 @@ __noinline int switch_to_frames(__u64 sock)
 	if (!head)
 		return 0;
 	exchange = &connection->exchange;
+	connection->mode = MODE_STREAM; /* first: the sweep may just be about to report the exchange */
+	connection->state = STATE_IDLE;
 	exchange->kind = RECORD_UPGRADE; /* it is the last one of an exchange */
 	exchange->response_bytes = head;
 	connection->data_length = exchange->request_captured + head;

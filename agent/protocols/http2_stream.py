@@ -72,7 +72,8 @@ class Http2Connection:
 
     ``lost``: requests whose exchange was never handed out. ``losses``: why, and what else went wrong. Reasons beside
     those of ``StreamLosses``: "mid_stream" (a connection older than its first segment), "header_unknown" (a request
-    whose method or path is unknown), "block_too_long", "list_too_long" and "table_too_large" (see http2_headers).
+    whose method or path is unknown), "block_too_long", "list_too_long" and "table_too_large" (see http2_headers), and
+    those of ``Http1.parse`` for a request that switched to HTTP/2.
     """
 
     def __init__(self, protocol: Http2, losses: StreamLosses) -> None:

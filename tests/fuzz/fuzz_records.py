@@ -68,6 +68,10 @@ def pieces(data: bytes) -> list[bytes]:
         if kind in (1, 7):  # an exchange belongs to one connection, which may have several
             exchange_id = int.from_bytes(record[8:16], "little")
             record[32:40] = (exchange_id >> 1).to_bytes(8, "little")
+            if kind == 7:
+                record[3] = End.HANDED_OVER
+                if exchange_id in ended:
+                    continue
             if record[3] > End.QUIET:  # and ends once
                 if exchange_id in ended:
                     record[4] &= ~Flag.FIRST & 0xFF

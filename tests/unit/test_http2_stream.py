@@ -854,8 +854,9 @@ def test_a_head_that_was_cut_before_an_upgrade() -> None:
 
 @pytest.mark.parametrize("request_bytes", [b"", b"\0\1\2\3", b"GET  HTTP/1.1\r\n\r\n", b"GET /a b\r\n\r\n", b"G /a"])
 def test_what_is_no_request_is_lost(request_bytes: bytes) -> None:
-    """It is counted, and the streams behind it are read."""
+    """It is counted, and the streams behind it are read; what the client's settings allow is not known."""
     made = Raw()
+    made.encoders[RESPONSE].header_table_size = 16384
     observed = Observed().take_over(upgraded(request_bytes), is_announced=True)
     assert (observed.connection.lost, observed.connection.outstanding) == (1, 0)
     assert observed.connection.withdrawn == [77]
@@ -863,6 +864,7 @@ def test_what_is_no_request_is_lost(request_bytes: bytes) -> None:
     observed.see(REQUEST, PREFACE + made.headers(REQUEST, 3, get("/b"), "END_STREAM"))
     observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/b"
+    assert list(observed.losses.reasons.values()) == [1]
 
 
 @pytest.mark.parametrize(
@@ -899,6 +901,24 @@ def test_lost_segments_lose_a_request_that_upgraded() -> None:
         observed.see(RESPONSE, raw(6, 0, 0, bytes(8)), before=100)
         assert (observed.connection.lost, observed.connection.outstanding) == (1, 0)
         assert observed.connection.withdrawn == [77] * is_announced
+
+
+def test_requests_that_were_lost_behind_an_upgrade_are_counted() -> None:
+    """Their streams are numbered from stream 1 on."""
+    made = Raw()
+    observed = Observed().take_over(upgraded(asks())).see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see(REQUEST, PREFACE + raw(4, 0, 0, b""))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 7, get("/b"), "END_STREAM"), before=100)
+    assert (observed.connection.lost, observed.connection.outstanding) == (2, 1)
+
+
+def test_a_table_that_an_upgrade_does_not_allow() -> None:
+    """The connection's beginning was seen, so more than the default size has to be allowed by somebody."""
+    block = b"\x3f\xe1\x3f\x88"  # 8192 bytes, status 200
+    for offered, is_read in (("", False), (base64.urlsafe_b64encode(b"\0\1\0\0\x20\0").decode(), True)):
+        observed = Observed().take_over(upgraded(asks(settings=offered))).see(RESPONSE, raw(1, 5, 1, block))
+        assert (observed.only()[2].get("http.response.status_code") == 200) == is_read
+        assert observed.losses.reasons == ({} if is_read else {"malformed": 1})
 
 
 def test_an_open_request_that_upgraded_is_announced_by_its_own_id() -> None:
