@@ -196,6 +196,15 @@ class ConnectionClosed(msgspec.Struct, frozen=True, gc=False):
     time_ns: int
 
 
+class ConnectionUpgraded(msgspec.Struct, frozen=True, gc=False):
+    """The response to an exchange of HTTP/1, 101, switched its connection to HTTP/2 (RFC 7540 section 3.2).
+
+    The exchange goes on as stream 1 of the connection, whose segments follow. Its response is the head of the 101.
+    """
+
+    exchange: Exchange
+
+
 class TlsSeen(msgspec.Struct, frozen=True, gc=False):
     """How a process uses TLS is to be looked at (``struct record_tls``); ``notice`` is a number of ``TlsNotice``."""
 

@@ -21,6 +21,7 @@ from agent.kernel.records import Decoder
 from agent.model import (
     Call,
     ConnectionClosed,
+    ConnectionUpgraded,
     End,
     Exchange,
     Flag,
@@ -189,7 +190,7 @@ class Pipeline:
         self._pending: dict[int, Exchange] = {}
         self._pending_of: dict[int, int] = {}
         # Ids finished by a report of the sweep, in two generations: the connection's next request may, in a race,
-        # report the same exchange as new.
+        # report the same exchange as new. In another race it enters stream mode before the report is there.
         self._swept: set[int] = set()
         self._swept_before: set[int] = set()
         # Connections whose exchange or stream was finished before the kernel was done with it; twice ``max_pending`` at
@@ -220,6 +221,7 @@ class Pipeline:
             ProcessSeen: self._on_process_seen,
             Segment: self._on_segment,
             ConnectionClosed: self._on_close,
+            ConnectionUpgraded: self._on_upgraded,
             PeerFound: self._on_peer,
             TlsSeen: self._on_tls_seen,
         }
@@ -441,7 +443,11 @@ class Pipeline:
         """The rarer cases: a provisional record, or one that follows a provisional record."""
         exchange_id = exchange.exchange_id
         if is_first:
-            if exchange_id in self._swept or exchange_id in self._swept_before:
+            if (
+                exchange_id in self._swept
+                or exchange_id in self._swept_before
+                or (exchange.end <= _QUIET and exchange.connection_id in self._streams)
+            ):
                 self.received -= 1  # counted twice by the kernel, too: see the race at _swept
                 self.superseded += 1
                 return
@@ -565,11 +571,10 @@ class Pipeline:
     def _on_segment(self, segment: Segment) -> None:
         stream = self._streams.get(segment.connection_id)
         if stream is None:
-            if len(self._streams) >= self._max_pending:
-                oldest = next(iter(self._streams))
-                self._close_stream(oldest, self._streams.pop(oldest), None)
-                self._remember_early_end(oldest)
-            stream = self._streams[segment.connection_id] = self._new_stream(segment)
+            http2 = None
+            if segment.flags & _HTTP2:
+                http2 = self._http2_of(segment.tgid, segment.process_start_ns)
+            stream = self._new_stream(segment.connection_id, http2)
             self._enter_stream(segment.connection_id)
         lost, outstanding = stream.lost, stream.outstanding
         ended = stream.feed(segment)
@@ -578,8 +583,30 @@ class Pipeline:
             self._note_request(segment.connection_id)
         self._count_stream(segment.connection_id, stream, lost, outstanding, segment.time_ns)
 
-    def _enter_stream(self, connection_id: int) -> None:
-        """Take over into the books what the kernel counts as streamed since a connection entered stream mode."""
+    def _on_upgraded(self, upgraded: ConnectionUpgraded) -> None:
+        """Follow a connection that HTTP/1 switched to HTTP/2. Where HTTP/2 is not wanted, the switch is its end."""
+        exchange = upgraded.exchange
+        connection_id = exchange.connection_id
+        if connection_id in self._streams:  # a connection is switched once
+            self.superseded += 1
+            return
+        is_announced = self._pending_of.get(connection_id) == exchange.exchange_id
+        http2 = self._http2_of(exchange.tgid, exchange.process_start_ns)
+        stream = self._new_stream(connection_id, http2)
+        self._enter_stream(connection_id, exchange.exchange_id)
+        if isinstance(stream, Http2Connection):
+            stream.take_over(exchange, is_announced=is_announced)
+        else:
+            stream.hand_over()
+            self._take_streamed((exchange,))
+        self._note_request(connection_id)
+        self._count_stream(connection_id, stream, 0, 0, exchange.end_ns)
+
+    def _enter_stream(self, connection_id: int, continued_id: int = 0) -> None:
+        """Take over into the books what the kernel counts as streamed since a connection entered stream mode.
+
+        ``continued_id`` is the exchange that is known to go on as a stream of it.
+        """
         if connection_id in self._ended_early:
             self._ended_early.discard(connection_id)  # it is in the books already, and the segments tell of it again
         else:
@@ -591,7 +618,8 @@ class Pipeline:
             # The connection's first exchange had been reported before the second request came. The kernel counts it as
             # streamed now, and the segments tell of it again.
             self._forget_pending(announced)
-            self._stitcher.withdraw(announced)
+            if announced != continued_id:
+                self._stitcher.withdraw(announced)
             self.received -= 1
             self.superseded += 1
 
@@ -604,15 +632,21 @@ class Pipeline:
             del self._peers_found[next(iter(self._peers_found))]
         self._peers_found[found.connection_id] = found.peer_connection_id
 
-    def _new_stream(self, segment: Segment) -> _Stream:
-        if segment.flags & _HTTP2:
-            http2 = self._http2_of(segment.tgid, segment.process_start_ns)
-            if http2 is not None:
-                self._http2_streams += 1
-                stream = Http2Connection(http2, self.stream_losses)
-                stream.peer_connection_id = self._peers_found.pop(segment.connection_id, 0)
-                return stream
-        return PipelinedConnection(self.stream_losses)
+    def _new_stream(self, connection_id: int, http2: Http2 | None) -> _Stream:
+        """Follow one more connection, and the oldest one no longer when there are too many."""
+        if len(self._streams) >= self._max_pending:
+            oldest = next(iter(self._streams))
+            self._close_stream(oldest, self._streams.pop(oldest), None)
+            self._remember_early_end(oldest)
+        stream: _Stream
+        if http2 is not None:
+            self._http2_streams += 1
+            stream = Http2Connection(http2, self.stream_losses)
+            stream.peer_connection_id = self._peers_found.pop(connection_id, 0)
+        else:
+            stream = PipelinedConnection(self.stream_losses)
+        self._streams[connection_id] = stream
+        return stream
 
     def _http2_of(self, tgid: int, process_start_ns: int) -> Http2 | None:
         """The settings by which HTTP/2 connections of a process are read; None when they are not to be."""

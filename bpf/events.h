@@ -14,6 +14,7 @@ enum record_kind {
 	RECORD_CLOSE = 4,    /* a connection ended whose last exchange had been reported before, or one in stream mode */
 	RECORD_PEER = 5,     /* where the other end of an HTTP/2 connection is on this node */
 	RECORD_TLS = 6,      /* how a process uses TLS is for user space to look at */
+	RECORD_UPGRADE = 7,  /* a record_exchange whose response switched to HTTP/2, as whose stream 1 the exchange goes on */
 };
 
 enum exchange_role {
@@ -29,7 +30,7 @@ enum exchange_end {
 	END_CLOSED = 4,     /* the connection closed */
 	END_RESET = 5,      /* the peer reset the connection */
 	END_TIMED_OUT = 6,  /* the transport gave up (ETIMEDOUT), or the exchange outlived its limit */
-	END_HANDED_OVER = 7, /* 101 Switching Protocols or CONNECT: the connection is left alone from here on */
+	END_HANDED_OVER = 7, /* 101 or CONNECT: the connection is left alone from here on, unless it is HTTP/2 then */
 };
 
 enum exchange_flag {
@@ -71,7 +72,7 @@ enum counter {
 	COUNTER_REEMITTED,          /* later records of exchanges that were reported before */
 	COUNTER_REEMIT_LOST,        /* the same, lost because the ring buffer was full */
 	COUNTER_SEGMENTS,           /* stream-mode segments emitted */
-	COUNTER_SEGMENTS_LOST,      /* stream-mode segments lost because the ring buffer was full */
+	COUNTER_SEGMENTS_LOST,      /* stream-mode segments, and upgrades, lost because the ring buffer was full */
 	COUNTER_CLOSES_LOST,        /* close records lost because the ring buffer was full */
 	COUNTER_PROCESSES_LOST,     /* process records lost because the ring buffer was full */
 	COUNTER_PROCESS_FULL,       /* a process could not be remembered */

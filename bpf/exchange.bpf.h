@@ -959,6 +959,128 @@ static __always_inline void enter_stream_mode(struct connection *connection)
 	release_scratch(scratch);
 }
 
+/* What a line of the head of a response, 101, says of HTTP/2. */
+enum upgrade_line {
+	LINE_OTHER,
+	LINE_UPGRADES, /* Upgrade: h2c */
+	LINE_ENDS,     /* the blank line */
+};
+
+/* Returns enum upgrade_line for the captured line that begins at `from`. A function of its own so that the verifier
+ * walks it once, not once per line.
+ */
+__noinline int read_upgrade_line(__u64 sock, __u64 from)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	const __u64 spaces = TEXT8(' ', ' ', ' ', ' ', ' ', ' ', ' ', ' ');
+	__u64 line[2] = {}, value;
+
+	opaque(from); /* the room behind the two captures is enough for what is read */
+	if (!connection || from > request_cap + response_cap ||
+	    bpf_probe_read_kernel(line, sizeof(line), connection->data + from))
+		return LINE_OTHER;
+	if ((line[0] & BYTES(2)) == TEXT4('\r', '\n', 0, 0))
+		return LINE_ENDS;
+	if ((line[0] | spaces) != TEXT8('u', 'p', 'g', 'r', 'a', 'd', 'e', ':')) /* in any case */
+		return LINE_OTHER;
+	value = line[1];
+	for (int i = 0; i < 4; i++) {
+		if ((__u8)value == ' ' || (__u8)value == '\t')
+			value >>= 8;
+	}
+	if (((value | spaces) & BYTES(3)) != TEXT4('h', '2', 'c', 0))
+		return LINE_OTHER;
+	value = value >> 24 & 0xff;
+	return value <= ' ' || value == ',' ? LINE_UPGRADES : LINE_OTHER;
+}
+
+/* So much of the head of a response, 101, is searched for what it switches to. */
+#define UPGRADE_LINES 16
+#define UPGRADE_LINE_BYTES 128
+
+/* Moves the cursor behind the end of a captured line. Returns 0 where none ends. A function of its own for the reason
+ * given above.
+ */
+__noinline int pass_line(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (!connection)
+		return 0;
+	for (__u32 i = 0; i < UPGRADE_LINE_BYTES; i++) {
+		__u64 at = unfollowed(connection->cursor_index);
+
+		if (at >= connection->data_length || at >= request_cap + response_cap)
+			break;
+		connection->cursor_index = at + 1;
+		if (connection->data[at] == '\n')
+			return 1;
+	}
+	return 0;
+}
+
+/* The bytes of the head of the captured response, 101, when that switches to HTTP/2 (RFC 7540 section 3.2), else 0.
+ * Global for the reason given at absorb_iovecs().
+ */
+__noinline int upgrade_head(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+
+	if (!connection)
+		return 0;
+	connection->cursor_index = connection->exchange.request_captured;
+	connection->cursor_total = 0; /* 1: the line was seen */
+	for (__u32 i = 0; i < UPGRADE_LINES; i++) {
+		if (!pass_line(sock))
+			break;
+		switch (read_upgrade_line(sock, connection->cursor_index)) {
+		case LINE_UPGRADES:
+			connection->cursor_total = 1;
+			break;
+		case LINE_ENDS:
+			if (!connection->cursor_total || !pass_line(sock))
+				return 0;
+			return connection->cursor_index - connection->exchange.request_captured;
+		}
+	}
+	return 0;
+}
+
+/* Follows the connection as one of HTTP/2 when the captured response, 101, switches to it: then the frames of the
+ * responses begin behind its head, and those of the requests with the preface. Global for the reason given at
+ * absorb_iovecs().
+ */
+__noinline int switch_to_frames(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct record_exchange *exchange;
+	__u32 head;
+
+	if (!connection || !http2_enabled)
+		return 0;
+	head = upgrade_head(sock);
+	if (!head)
+		return 0;
+	exchange = &connection->exchange;
+	connection->mode = MODE_STREAM; /* first: the sweep may just be about to report the exchange */
+	connection->state = STATE_IDLE;
+	exchange->kind = RECORD_UPGRADE; /* it is the last one of an exchange */
+	exchange->response_bytes = head;
+	connection->data_length = exchange->request_captured + head;
+	connection->tail_valid = 0;
+	connection->told = emit(connection, END_HANDED_OVER, exchange->response_end_ns, !connection->reports);
+	if (!connection->told)
+		count(COUNTER_SEGMENTS_LOST);
+	begin_frames(connection, 0);
+	connection->walks[0].entered_ns = 0;
+	connection->walks[1].left = head; /* like a frame that is left out */
+	connection->walks[1].passed = 1;
+	connection->peer_connection_id = 0; /* looked for again: the client's end may not have seen the response yet */
+	exchange->request_bytes = 0;
+	enter_stream_mode(connection);
+	return 1;
+}
+
 static __always_inline void undo_point(struct connection *connection, bool response, __u32 tid)
 {
 	connection->write_tid = tid;
@@ -1161,6 +1283,11 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		return;
 	if (connection->data[offset + 9] == '1') {
 		if (connection->data[offset + 10] == '0' && connection->data[offset + 11] == '1') {
+			if (switch_to_frames(sock)) {
+				if (!entering) /* else when the write returns */
+					stream_transfer(connection, transfer, true);
+				return;
+			}
 			finish(connection, END_HANDED_OVER, now);
 			connection->mode = MODE_IGNORED;
 		} else if (length == absorbed && length < 64) {

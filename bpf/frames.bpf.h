@@ -468,7 +468,9 @@ __noinline int walk_transfer(__u64 sock, __u64 address, __u64 iov_count, __u64 l
 	if (!connection)
 		return 0;
 	was_lost = connection->walks[response ? 1 : 0].lost || !http2_enabled;
-	if (connection->exchange.role == ROLE_SERVER && !connection->peer_connection_id && connection->peer_tries < 3)
+	/* At requests only: the client has sent this, so what its end is has been seen. */
+	if (!response && connection->exchange.role == ROLE_SERVER && !connection->peer_connection_id &&
+	    connection->peer_tries < 3)
 		tell_peer(sock);
 	if (begin_walk(sock, address, iov_count, length, response)) {
 		for (__u32 i = 0; i < WALK_ROUNDS; i++) {

@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
+from agent.model import ConnectionClosed, ConnectionUpgraded, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
 
-Record = Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound | TlsSeen
+Record = Exchange | ProcessSeen | Segment | ConnectionClosed | ConnectionUpgraded | PeerFound | TlsSeen
 
 
 class Decoder:
@@ -37,6 +37,7 @@ class Decoder:
             kinds["RECORD_CLOSE"]: self._decode_close,
             kinds["RECORD_PEER"]: self._decode_peer,
             kinds["RECORD_TLS"]: self._decode_tls,
+            kinds["RECORD_UPGRADE"]: self._decode_upgrade,
         }
 
     def decode(self, batch: bytes, offsets: Iterable[int]) -> list[Record]:
@@ -87,6 +88,13 @@ class Decoder:
     def _decode_tls(self, batch: bytes, offset: int) -> TlsSeen:
         _, notice, tgid, start_ns = self._tls.unpack_from(batch, offset)
         return TlsSeen(notice, tgid, start_ns)
+
+    def _decode_upgrade(self, batch: bytes, offset: int) -> ConnectionUpgraded:
+        values = self._exchange.unpack_from(batch, offset)
+        start = offset + self._exchange.size
+        middle = start + values[self._request_captured]
+        end = middle + values[self._response_captured]
+        return ConnectionUpgraded(Exchange(*values, batch[start:middle], batch[middle:end]))
 
 
 def _text(raw: bytes) -> str:

@@ -53,7 +53,8 @@ _Targets = dict[tuple[bytes, bytes | None], _Target]
 _Answer = tuple[int, Framing, int, Attributes, bool]
 """Status, framing, Content-Length, attributes (status, error.type, captured headers), whether the status is bad."""
 _NO_ANSWER: _Answer = (0, _UNKNOWN, 0, (), False)
-_HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
+HEAD_TRUNCATED = (("spanloom.request.head_truncated", True),)
+"""An attribute of a request whose head was cut at the capture limit."""
 _WholeAnswer = tuple[int, AttributeGroup, bool]
 """Content-Length, attributes of a response that reached it, whether the status is bad."""
 _Repeat = tuple[int, str, AttributeGroup, Memo, dict[bytes, _WholeAnswer], str]
@@ -151,7 +152,7 @@ class Http1(HttpProtocol):
             for pair in call.attributes
             if pair[0] not in others and not pair[0].startswith(("http.response.", "spanloom.response."))
         )
-        if _HEAD_TRUNCATED[0] in group:
+        if HEAD_TRUNCATED[0] in group:
             return
         if len(self._repeats) >= MEMO_TARGETS:
             self._repeats.clear()
@@ -174,7 +175,7 @@ class Http1(HttpProtocol):
             found = [*filter(None, map(self._request_field, lines))]
             request_head_bytes = end + 4
         except UnusualLineEnd:
-            lines, request_head_bytes = _request_lines(request, flags, exchange.response)
+            lines, request_head_bytes = request_lines(request, flags, exchange.response)
             request_line = lines.pop(0)
             found = [*filter(None, map(self._request_field, lines))]
         fields: Fields = dict(found)
@@ -257,7 +258,7 @@ class Http1(HttpProtocol):
         forwarded_for, own = (client, ()) if is_forwarded else ((), client)
         attributes = (*attributes, *agent, *forwarded_for, *captures, *peer, *port, *own, *answered, *body)
         if not request_head_bytes:
-            attributes += _HEAD_TRUNCATED
+            attributes += HEAD_TRUNCATED
         # Without Host, a client's target is made of its peer; a request with a body has its size among the attributes.
         repeats = target if host is not None and request_head_bytes == exchange.request_bytes else None
         if malformed:
@@ -359,7 +360,7 @@ class Http1(HttpProtocol):
         return status, framing, length, attributes, error
 
 
-def _request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[bytes], int]:
+def request_lines(request: bytes, flags: int, response: bytes) -> tuple[list[bytes], int]:
     """Split an unusual request head: bare LF, blank lines in front (RFC 9112 section 2.2), or cut at the capture limit.
 
     Returns the lines and the bytes up to the end of the head, 0 for a head that was cut.

@@ -135,6 +135,10 @@ class PipelinedConnection:
             self._last_direction = segment.direction
         return self._take_ready()
 
+    def hand_over(self) -> None:
+        """Ignore what comes: it is of another protocol."""
+        self._forget(State.OPAQUE)
+
     def expire(self, now_ns: int) -> list[Exchange]:
         """Return what is outstanding as timed out. Its late responses are read and make no exchange of their own."""
         self._keep_unfinished_head()

@@ -6,6 +6,8 @@ status, size or count is stated that was not seen or does not follow from what w
 
 from __future__ import annotations
 
+import msgspec
+
 from agent.model import Call, End, Exchange, Flag, Role, Segment
 from agent.protocols import grpc
 from agent.protocols.http2 import Answer, Asked, Http2
@@ -13,6 +15,7 @@ from agent.protocols.http2_frames import UNKNOWN_AMOUNT
 
 _SERVER = int(Role.SERVER)
 _FIRST = int(Flag.FIRST)
+_KEPT = int(Flag.CLIENT_ONLY | Flag.PROCESS_UNKNOWN | Flag.INTERIM)
 _NEXT, _RESET, _TIMED_OUT = int(End.NEXT), int(End.RESET), int(End.TIMED_OUT)
 REFUSED = "REFUSED_STREAM"
 OTHER_ERROR = "_OTHER"
@@ -98,10 +101,10 @@ def exchange_id_of(connection_id: int, stream_id: int) -> int:
 
 
 def exchange_of(
-    segment: Segment, stream: Stream, end: int, end_ns: int, stream_id: int, peer_connection_id: int
+    segment: Segment | Exchange, stream: Stream, end: int, end_ns: int, stream_id: int, peer_connection_id: int
 ) -> Exchange:
-    """Return the exchange of a stream that ended; ``segment`` is one of its connection. It is made by
-    position, as names cost twice the time.
+    """Return the exchange of a stream that ended; ``segment`` is one of its connection, or the exchange that it began
+    with. It is made by position, as names cost twice the time.
     """
     request, response = stream.request, stream.response or _NO_SIDE
     return Exchange(
@@ -130,6 +133,20 @@ def exchange_of(
         _NO_TAIL,
         b"",
         b"",
+    )
+
+
+def continued(exchange: Exchange, begun: Exchange) -> Exchange:
+    """Return the exchange of stream 1 as what has become of ``begun``, the exchange that switched to HTTP/2.
+
+    It keeps the ids, by which others may know it, and what else the kernel knew of it.
+    """
+    return msgspec.structs.replace(
+        exchange,
+        exchange_id=begun.exchange_id,
+        parent_id=begun.parent_id,
+        peer_id=begun.peer_id,
+        flags=exchange.flags | begun.flags & _KEPT,
     )
 
 

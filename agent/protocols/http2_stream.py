@@ -10,6 +10,8 @@ that does no harm; inside a header block it loses that block, and what later blo
 frame header may have been, the streams that are open are lost, and reading starts again where the kernel says that
 a segment begins with a frame. A connection that is older than its first segment is read in the same way.
 
+A connection that HTTP/1 switched to HTTP/2 has stream 1 from the beginning: the request that asked for it.
+
 Bounds per connection: 1024 open streams, for each direction 64 KiB of a header block, 16 KiB of its dynamic table.
 """
 
@@ -30,6 +32,7 @@ from agent.protocols.http2_frames import (
     ACK,
     ANY_FRAME_BYTES,
     DEFAULT_FRAME_BYTES,
+    END_STREAM,
     LARGEST_FRAME_BYTES,
     FrameReader,
     Kind,
@@ -42,10 +45,12 @@ from agent.protocols.http2_outcome import (
     Side,
     Stream,
     call_of,
+    continued,
     exchange_id_of,
     exchange_of,
     read_error,
 )
+from agent.protocols.http2_upgrade import read_upgrade
 
 if TYPE_CHECKING:
     from agent.protocols.http2_headers import HeaderDecoder
@@ -67,7 +72,8 @@ class Http2Connection:
 
     ``lost``: requests whose exchange was never handed out. ``losses``: why, and what else went wrong. Reasons beside
     those of ``StreamLosses``: "mid_stream" (a connection older than its first segment), "header_unknown" (a request
-    whose method or path is unknown), "block_too_long", "list_too_long" and "table_too_large" (see http2_headers).
+    whose method or path is unknown), "block_too_long", "list_too_long" and "table_too_large" (see http2_headers), and
+    those of ``Http1.parse`` for a request that switched to HTTP/2.
     """
 
     def __init__(self, protocol: Http2, losses: StreamLosses) -> None:
@@ -84,7 +90,9 @@ class Http2Connection:
         self._may_have_missed = False  # requests, since then
         self._has_preface = False
         self._ready: list[tuple[Exchange, Call]] = []
-        self._segment: Segment | None = None  # the first one without its data: who and where
+        # The first one, or the exchange that the connection was switched by, without its data: who and where.
+        self._segment: Segment | Exchange | None = None
+        self._begun: Exchange | None = None  # the exchange that stream 1 continues
         self._peer = (b"", 0)
         self._role = 0
         self._time_ns = 0
@@ -172,6 +180,33 @@ class Http2Connection:
             self._ready = []
         return ready
 
+    def take_over(self, exchange: Exchange, *, is_announced: bool) -> None:
+        """Begin with an exchange of HTTP/1 whose response, 101, switched the connection to HTTP/2 (RFC 7540 section
+        3.2): it goes on as stream 1. ``is_announced``: others were told of it before. Nothing may have been fed yet.
+        """
+        self._segment = self._begun = msgspec.structs.replace(exchange, request=b"", response=b"")
+        self._peer = exchange.remote_address, exchange.remote_port
+        self._role = exchange.role
+        self._time_ns = exchange.response_end_ns
+        self._announced = int(is_announced)
+        for reader, fields in map(self._direction, (True, False)):
+            reader.frame_bytes = DEFAULT_FRAME_BYTES
+            fields.begin()
+        try:
+            asked, body_bytes, settings = read_upgrade(self.protocol, exchange)
+        except ProtocolError as error:
+            self._settings(None, is_request=True)
+            self._lose_request(1, error.reason)
+            if is_announced:
+                self.withdrawn.append(exchange.exchange_id)
+            return
+        self._settings(settings, is_request=True)
+        messages = grpc.MessageCounter() if asked[0].rpc is not None else None
+        side = Side(exchange.request_start_ns, exchange.request_end_ns, exchange.request_tid, messages)
+        side.skip(body_bytes)
+        self._last_stream = 1
+        self._streams[1] = Stream(asked, side, END_STREAM)
+
     def announce(self, begun_ns: int) -> tuple[list[tuple[Exchange, Call]], int]:
         """Return what is known of the open requests that began up to ``begun_ns`` and were not returned before, and the
         begin of the oldest younger one, 0 without any.
@@ -194,6 +229,8 @@ class Http2Connection:
         for stream_id in due:
             stream = self._streams[stream_id]
             exchange = exchange_of(segment, stream, _OPEN, begun_ns, stream_id, self.peer_connection_id)
+            if stream_id == 1 and self._begun is not None:
+                exchange = continued(exchange, self._begun)
             call = call_of(self.protocol, stream, self._role, self._peer, _OPEN, "", begun_ns)
             announced.append((exchange, call))
         return announced, oldest_ns
@@ -271,7 +308,12 @@ class Http2Connection:
         segment = self._segment
         if self._announced and segment is not None:
             told = (stream_id for stream_id in self._streams if stream_id <= self._announced)
-            self.withdrawn += [exchange_id_of(segment.connection_id, stream_id) for stream_id in told]
+            self.withdrawn += [
+                self._begun.exchange_id
+                if stream_id == 1 and self._begun is not None
+                else exchange_id_of(segment.connection_id, stream_id)
+                for stream_id in told
+            ]
         self._streams.clear()
 
     def _on_preface(self) -> None:
@@ -507,5 +549,7 @@ class Http2Connection:
         if segment is None:  # streams come from segments
             return
         exchange = exchange_of(segment, stream, end, end_ns, stream_id, self.peer_connection_id)
+        if stream_id == 1 and self._begun is not None:
+            exchange = continued(exchange, self._begun)
         call = call_of(self.protocol, stream, self._role, self._peer, end, cause, end_ns)
         self._ready.append((exchange, call))

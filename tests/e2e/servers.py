@@ -92,16 +92,16 @@ http {{
     return Server(arguments=arguments, executable="nginx", language="", keeps_environment=False)
 
 
-def apache(port: int, directory: Path, model: str = "event") -> Server:
-    """Apache httpd with the multi-processing module ``model``, event or prefork."""
+def apache(port: int, directory: Path, model: str = "event", modules: Sequence[str] = (), extra: str = "") -> Server:
+    """Apache httpd with the multi-processing module ``model``, event or prefork; further directives are ``extra``, and
+    the modules that they need ``modules``. It serves the files of ``directory/apache-PORT/root``.
+    """
     prefix = directory / f"apache-{port}"
     root = prefix / "root"
     (root / "status").mkdir(parents=True)
     (root / "status" / "200").write_text("as asked\n")
-    modules = "/usr/lib/apache2/modules"
-    loaded = "\n".join(
-        f"LoadModule {name}_module {modules}/mod_{name}.so" for name in (f"mpm_{model}", "authz_core", "alias", "dir")
-    )
+    names = (f"mpm_{model}", "authz_core", "alias", "dir", *modules)
+    loaded = "\n".join(f"LoadModule {name}_module /usr/lib/apache2/modules/mod_{name}.so" for name in names)
     config = prefix / "apache.conf"
     config.write_text(
         f"""
@@ -122,6 +122,7 @@ Redirect 500 /status/500
 <Directory {root}>
   Require all granted
 </Directory>
+{extra}
 """
     )
     apache_path = shutil.which("apache2") or "/usr/sbin/apache2"

@@ -33,6 +33,7 @@ from tests.e2e.scripted import (
     send_all,
 )
 from tests.e2e.servers import nginx
+from tests.unit.http2_traffic import PREFACE, RESPONSE, Raw, raw
 
 MEGABYTE = 1 << 20
 
@@ -504,6 +505,48 @@ def test_connection_is_left_alone(
     run_turns(edge.server, edge.client, edge.port, turns)
     spans = edge.expect([(path, 101 if name == "GET" else 200)])
     assert {span.name for span in spans.one()} == {name}
+
+
+_H2C = ["Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQAAP__"]
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["at_once", "announced"])
+@pytest.mark.parametrize("answers", [False, True], ids=["unanswered", "answered"])
+def test_connection_that_switches_to_http2(edge: Edge, answers: bool, waits: bool) -> None:
+    """The exchange ends with the answer of stream 1, or with the connection; also when it had been told of before."""
+    switch = response(101, fields=["Connection: Upgrade", "Upgrade: h2c"], body=None)
+    answer = raw(4, 0, 0, b"") + Raw().headers(RESPONSE, 1, [(":status", "204")], "END_STREAM")
+    pieces = [switch, answer] if answers else [switch]
+    edge.server.start(_serve_switch, edge.port, 0.5 if waits else 0.0, pieces)
+    edge.client.call(_request_switch, edge.port, request("/switch", fields=_H2C), sum(map(len, pieces)))
+    edge.server.result()
+    spans = edge.spans(1)
+    spans.assert_linked()
+    for span in spans.one():
+        status, error = (204, None) if answers else (None, "client_disconnect")
+        assert seen(span) == Seen("/switch", status, error)
+        assert span.attributes["network.protocol.version"] == "2"
+        assert (duration_ns(span) >= 500_000_000) >= waits
+    assert not edge.dropped()
+    assert edge.agent.books().in_flight == 0
+
+
+def _serve_switch(port: int, wait_seconds: float, pieces: Sequence[bytes]) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        time.sleep(wait_seconds)
+        for piece in pieces:
+            send_all(connection, piece)
+        receive_to_end(connection)
+
+
+def _request_switch(port: int, opening: bytes, answer_bytes: int) -> None:
+    with connect(port) as connection:
+        send_all(connection, opening)
+        received = len(receive_head(connection))
+        send_all(connection, PREFACE + raw(4, 0, 0, b""))
+        if received < answer_bytes:
+            receive(connection, answer_bytes - received)
 
 
 def test_refused_tunnel(edge: Edge) -> None:

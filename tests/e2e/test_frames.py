@@ -19,9 +19,9 @@ from agent.kernel._libbpf import ffi, lib
 
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, Role, Segment
+from agent.model import ConnectionClosed, ConnectionUpgraded, End, Exchange, Role, Segment
 from tests.unit.frame_walk import FrameWalk, Made
-from tests.unit.http2_traffic import PREFACE, raw
+from tests.unit.http2_traffic import PREFACE, SWITCHES, asks, raw
 
 SERVER, CLIENT = int(Role.SERVER), int(Role.CLIENT)
 REQUEST, RESPONSE = 1, 2
@@ -57,6 +57,7 @@ class Connection:
             for direction in (REQUEST, RESPONSE)
         }
         self.expected: dict[tuple[int, int], list[Made]] = defaultdict(list)
+        self.upgrades: list[Exchange] = []
 
     def _pieces(self, size: int) -> list[int]:
         """Sizes of buffers that hold so much together, some of them empty."""
@@ -135,6 +136,8 @@ def told(capture: Capture, connection: Connection) -> dict[tuple[int, int], list
                 found[record.role, record.direction].append((record.offset, record.data, record.length, record.flags))
             elif type(record) is ConnectionClosed and record.connection_id in ids:
                 closed.add(record.connection_id)
+            elif type(record) is ConnectionUpgraded:
+                connection.upgrades.append(record.exchange)
     return found
 
 
@@ -175,6 +178,113 @@ def test_a_preface_in_pieces(capture: Capture) -> None:
         for role in (CLIENT, SERVER):
             assert b"".join(data for _, data, _, _ in found[role, REQUEST]) == sent, cut
             assert [flags & 1 for _, _, _, flags in found[role, REQUEST]] == [1] * len(found[role, REQUEST])
+
+
+def upgrade(connection: Connection, response: bytes) -> None:
+    """Ask for HTTP/2 by HTTP/1, and answer: the answer is written in one call, and read in one."""
+    request = asks()
+    connection.client.sendall(request)
+    assert connection.server.recv(65536) == request
+    connection.send(RESPONSE, response, whole=True)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_frames_behind_an_upgrade(capture: Capture, seed: int) -> None:
+    """Those of the responses begin behind the head of the 101, in one call or later; the others with the preface."""
+    choice = random.Random(seed)
+    connection = Connection(capture, choice)
+    counted = capture.counters()
+    waiting = {direction: frames(choice, 30) for direction in (REQUEST, RESPONSE)}
+    waiting[REQUEST] = PREFACE + waiting[REQUEST]
+    for role in (SERVER, CLIENT):
+        walk = connection.walks[role, RESPONSE]
+        walk.left, walk.passed = len(SWITCHES), True  # like a frame that is left out
+    at_once = (0, 1, 9, 40, 5000, LARGEST)[seed]
+    upgrade(connection, SWITCHES + waiting[RESPONSE][:at_once])
+    waiting[RESPONSE] = waiting[RESPONSE][at_once:]
+    while any(waiting.values()):
+        direction = choice.choice([direction for direction, data in waiting.items() if data])
+        size = choice.randint(1, choice.choice([20, 5000, LARGEST]))
+        connection.send(direction, waiting[direction][:size])
+        waiting[direction] = waiting[direction][size:]
+    connection.close()
+    found = told(capture, connection)
+    for end, expected in connection.expected.items():
+        assert found[end] == expected, end
+    begun = {exchange.role: exchange for exchange in connection.upgrades}
+    assert begun.keys() == {SERVER, CLIENT}
+    for exchange in begun.values():
+        assert (exchange.end, exchange.request, exchange.response) == (End.HANDED_OVER, asks(), SWITCHES)
+        assert exchange.response_bytes == len(SWITCHES)
+    assert begun[SERVER].peer_id == begun[CLIENT].exchange_id
+    counts = {name: count - counted[name] for name, count in capture.counters().items() if count != counted[name]}
+    assert counts.keys() <= {"begun", "streamed", "segments", "ignored_port"}
+    assert (counts["begun"], counts["streamed"]) == (2, 2)
+
+
+def switching(*fields: str) -> bytes:
+    return "".join(f"{line}\r\n" for line in ("HTTP/1.1 101 Switching Protocols", *fields, "")).encode()
+
+
+@pytest.mark.parametrize(
+    ("response", "is_http2"),
+    [
+        (switching("Upgrade: h2c"), True),
+        (switching("upgrade:h2c", "Connection: upgrade"), True),
+        (switching("Date: x", "UPGRADE: \t H2C \t", "Server: y"), True),
+        (switching("Upgrade: h2c, websocket"), True),
+        (switching(*(f"X-{number}: 1" for number in range(12)), "Upgrade: h2c"), True),
+        (switching("X-Long: " + "x" * 110, "Upgrade: h2c"), True),
+        (switching("Upgrade: websocket"), False),
+        (switching("Upgrade: h2"), False),
+        (switching("Upgrade: h2cc"), False),
+        (switching("Upgrade:"), False),
+        (switching("X-Upgrade: h2c"), False),
+        (switching("Upgrades: h2c"), False),
+        (switching("Connection: Upgrade: h2c"), False),
+        (switching("Connection: Upgrade"), False),
+        (switching(), False),
+        (switching("Upgrade: h2c")[:-2], False),
+        (switching("X-Long: " + "x" * 400, "Upgrade: h2c"), False),
+        (switching("Connection: Upgrade") + b"\r\nUpgrade: h2c\r\n\r\n", False),
+    ],
+)
+def test_which_switches_are_to_http2(capture: Capture, response: bytes, is_http2: bool) -> None:
+    """The field's name is compared without case. All other switches, and heads that are not whole, end what is seen."""
+    connection = Connection(capture, random.Random(1))
+    upgrade(connection, response)
+    connection.client.sendall(PREFACE)
+    connection.server.recv(65536)
+    connection.close()
+    exchanges, upgrades = [], []
+    deadline = time.monotonic() + 20
+    while len(exchanges) + len(upgrades) < 2:
+        assert time.monotonic() < deadline
+        for record in Decoder(capture.layout).decode(*capture.drain()):
+            if type(record) is Exchange:
+                exchanges.append(record)
+            elif type(record) is ConnectionUpgraded:
+                upgrades.append(record.exchange)
+    assert len(upgrades if is_http2 else exchanges) == 2
+    for exchange in exchanges:
+        assert exchange.end == End.HANDED_OVER
+    for exchange in upgrades:
+        assert exchange.response == response
+
+
+def test_a_stale_line_is_none(capture: Capture) -> None:
+    """What was captured of an earlier response on the connection does not complete a head."""
+    connection = Connection(capture, random.Random(1))
+    ok = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nUpgrade: h2c\r\n\r\n"
+    upgrade(connection, ok)
+    upgrade(connection, ok[:9] + b"101" + ok[12:-20])
+    connection.close()
+    ends = []
+    deadline = time.monotonic() + 20
+    while len(ends) < 4:
+        assert time.monotonic() < deadline
+        ends += [one.end for one in Decoder(capture.layout).decode(*capture.drain()) if type(one) is Exchange]
+    assert sorted(ends) == [End.NEXT] * 2 + [End.HANDED_OVER] * 2
 
 
 def test_many_of_the_shortest_frames(capture: Capture) -> None:

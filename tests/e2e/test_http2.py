@@ -217,6 +217,102 @@ def test_go(agent, start, tmp_path: Path):
     assert values(spans, *names) == {(f"/status/{status}", status, "2"): 1 for status in (200, 204, 404, 500)}
 
 
+# -- HTTP/1 that is upgraded
+
+
+@pytest.fixture(params=["apache", "nghttpx"])
+def upgrading(request: pytest.FixtureRequest, start, serve, public_path: Path, root: Path) -> int:
+    """The port of a server of HTTP/1 that upgrades to HTTP/2."""
+    port = free_port()
+    if request.param == "apache":
+        extra = "Protocols h2c http/1.1\nH2Upgrade on"
+        serve(servers.apache(port, public_path, modules=["http2"], extra=extra), port)
+        files = public_path / f"apache-{port}" / "root"
+    else:
+        behind = free_port()
+        files = public_path / "files"
+        files.mkdir()
+        serve(servers.nginx(behind, public_path, root=files), behind)
+        frontend = f"--frontend=127.0.0.1,{port};no-tls"
+        start(["nghttpx", frontend, f"--backend=127.0.0.1,{behind}", "--conf=/dev/null", "--no-ocsp"], port=port)
+    for name in ("small", "large"):
+        (files / name).write_bytes((root / name).read_bytes())
+        (files / name).chmod(0o644)
+    return port
+
+
+def test_a_request_that_upgrades_is_one_span(agent, upgrading: int):
+    """Its answer is that of stream 1, whose status, size and end it has; 101 is not."""
+    tracing = agent([upgrading])
+    run("curl", "-sS", "--http2", "-o", "/dev/null", f"http://127.0.0.1:{upgrading}/small")
+    run("curl", "-sS", "--http2", "-o", "/dev/null", f"http://127.0.0.1:{upgrading}/missing")
+    spans, clients = exactly(tracing, 2)
+    names = ("http.response.status_code", "network.protocol.version", "error.type")
+    assert values(spans, "url.path", *names) == {("/small", 200, "2", None): 1, ("/missing", 404, "2", None): 1}
+    assert values(clients, *names) == {(200, "2", None): 1, (404, "2", "404"): 1}
+    for end in (spans, clients):
+        [found] = [span for span in end if span.attributes["http.response.status_code"] == 200]
+        assert found.attributes["http.response.body.size"] == 5
+        assert found.attributes["user_agent.original"].startswith("curl/")
+
+
+# Apache ends an upgraded connection behind stream 1, whatever its clients have asked for meanwhile.
+with_nghttpx = pytest.mark.parametrize("upgrading", ["nghttpx"], indirect=True)
+
+
+@with_nghttpx
+def test_streams_behind_an_upgrade(agent, upgrading: int, root: Path):
+    """The first request is HTTP/1's, the others are streams like any other; the context and the sizes are exact."""
+    tracing = agent([upgrading])
+    url = f"http://127.0.0.1:{upgrading}"
+    urls = [f"{url}/large", *(f"{url}/small?{number}" for number in range(3))]
+    said = run("nghttp", "-nv", "-u", "-H", f"traceparent: {CONTEXT}", *urls)
+    assert "HTTP Upgrade success" in said
+    spans, clients = exactly(tracing, 4)
+    size = (root / "large").stat().st_size
+    names = ("http.response.status_code", "http.response.body.size", "network.protocol.version", "error.type")
+    assert values(spans, "url.path", *names) == {("/small", 200, 5, "2", None): 3, ("/large", 200, size, "2", None): 1}
+    assert values(clients, *names) == {(200, 5, "2", None): 3, (200, size, "2", None): 1}
+    assert {span.trace_id for span in (*spans, *clients)} == {CONTEXT.split("-")[1]}
+    assert tracing.metrics().get("spanloom_kernel_events_total{event=frames_lost}", 0) == 0
+
+
+@with_nghttpx
+def test_a_client_that_upgrades_by_default(agent, upgrading: int):
+    """Java's sends its later requests as streams of the connection that its first one has upgraded."""
+    tracing = agent([upgrading])
+    urls = [f"http://127.0.0.1:{upgrading}/{name}" for name in ("small", "small", "missing", "small")]
+    arguments = ["java", "-XX:TieredStopAtLevel=1", str(servers.APPS / "JavaClient.java"), *urls]
+    subprocess.run(arguments, env=clean_environment(H2C="1"), check=True, timeout=100, stdout=subprocess.DEVNULL)
+    spans, clients = exactly(tracing, 4)
+    for end in (spans, clients):
+        names = ("http.response.status_code", "network.protocol.version")
+        assert values(end, *names) == {(200, "2"): 3, (404, "2"): 1}
+
+
+def test_a_refused_upgrade_is_a_request_of_http1(agent, serve, public_path: Path):
+    """nginx does not upgrade."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    tracing = agent([port])
+    urls = [f"http://127.0.0.1:{port}/status/{status}" for status in (200, 404)]
+    run("curl", "-sS", "--http2", *urls)
+    spans, clients = exactly(tracing, 2)
+    for end in (spans, clients):
+        names = ("http.response.status_code", "network.protocol.version")
+        assert values(end, *names) == {(200, "1.1"): 1, (404, "1.1"): 1}
+
+
+def test_an_upgrade_without_http2(agent, upgrading: int):
+    """Where HTTP/2 is not to be captured, the switch is all that is told."""
+    tracing = agent([upgrading], {"capture.protocols": ["http1"]})
+    run("curl", "-sS", "--http2", f"http://127.0.0.1:{upgrading}/small")
+    spans, clients = exactly(tracing, 1)
+    for end in (spans, clients):
+        names = ("http.response.status_code", "network.protocol.version")
+        assert values(end, *names) == {(101, "1.1"): 1}
+
+
 # -- gRPC
 
 

@@ -2,7 +2,8 @@
 
 In: one input is twelve bytes of numbers (role, end, two of flags, four of extra request and four of extra response
 bytes) and then the request's and the response's captured bytes, separated by the first FF FE FF. Out: an
-AssertionError or any exception but ProtocolError is a finding. The checks need no atheris, so that the unit tests can
+AssertionError or any exception but ProtocolError is a finding; the same holds where the request is taken for one that
+switched its connection to HTTP/2. The checks need no atheris, so that the unit tests can
 replay the corpus.
 """
 
@@ -27,6 +28,9 @@ with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext()
     from agent.model import Call, Exchange, TraceContext
     from agent.propagation import FORMATS, Extractor
     from agent.protocols.http1 import Http1
+    from agent.protocols.http1_stream import StreamLosses
+    from agent.protocols.http2 import Http2
+    from agent.protocols.http2_stream import Http2Connection
 
 SEPARATOR = b"\xff\xfe\xff"
 HEADER_BYTES = 12
@@ -53,6 +57,9 @@ PARSERS = (
         guess_routes=True,
     ),
 )
+UPGRADED = Http2(extractor=Extractor(FORMATS), request_headers=CAPTURE)
+SAME = ("http.request.method", "url.path", "url.query", "http.request.body.size")
+"""Attributes that a request has in HTTP/2 as well, when both read it."""
 
 
 def build(data: bytes) -> Exchange:
@@ -130,9 +137,25 @@ def check_record(record: Exchange) -> None:
         assert type(results[0]) is Call or results[0] in REASONS, results[0]
 
 
+def check_upgrade(record: Exchange) -> None:
+    """Let the connection be one of HTTP/2 from the response on: the request is open, or lost, and reads the same."""
+    connection = Http2Connection(UPGRADED, StreamLosses())
+    connection.take_over(record, is_announced=False)
+    assert connection.outstanding + connection.lost == 1
+    for _, call in connection.expire(1):
+        values = dict(call.all_attributes())
+        try:
+            wanted = dict(PARSERS[0].parse(record).all_attributes())
+        except ProtocolError:
+            continue
+        assert {name: values.get(name, wanted.get(name)) for name in SAME} == {name: wanted.get(name) for name in SAME}
+
+
 def check(data: bytes) -> None:
     """The entry point for atheris."""
-    check_record(build(data))
+    record = build(data)
+    check_record(record)
+    check_upgrade(record)
 
 
 def main() -> None:

@@ -25,17 +25,28 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
     from agent.kernel.records import Decoder
-    from agent.model import ConnectionClosed, End, Exchange, Flag, PeerFound, ProcessSeen, Segment, Span, TlsSeen
+    from agent.model import (
+        ConnectionClosed,
+        ConnectionUpgraded,
+        End,
+        Exchange,
+        Flag,
+        PeerFound,
+        ProcessSeen,
+        Segment,
+        Span,
+        TlsSeen,
+    )
     from agent.pipeline import Pipeline
     from agent.process import ProcessTable, Selector
     from agent.propagation import FORMATS, Extractor
-    from agent.protocols.http1 import Http1
+    from agent.protocols import PROTOCOLS
     from agent.sampling import Sampler
     from agent.stitch import Stitcher
     from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, TLS, batch
 
-SIZES = {1: EXCHANGE.size, 2: PROCESS.size, 3: SEGMENT.size, 4: CLOSE.size, 5: PEER.size, 6: TLS.size}
-KINDS = {1: Exchange, 2: ProcessSeen, 3: Segment, 4: ConnectionClosed, 5: PeerFound, 6: TlsSeen}
+SIZES = {1: EXCHANGE.size, 2: PROCESS.size, 3: SEGMENT.size, 4: CLOSE.size, 5: PEER.size, 6: TLS.size, 7: EXCHANGE.size}
+KINDS = {1: Exchange, 2: ProcessSeen, 3: Segment, 4: ConnectionClosed, 5: PeerFound, 6: TlsSeen, 7: ConnectionUpgraded}
 RECORDS_MAX = 64
 SWEEP_NS = 10**9
 
@@ -54,9 +65,13 @@ def pieces(data: bytes) -> list[bytes]:
         # The kernel program's own numbers, role and end or direction, are what the layout's check found them to be.
         record[2] = 1 + (record[2] - 1) % 2
         record[3] = 1 + (record[3] - 1) % (2 if kind == 3 else 7)
-        if kind == 1:  # an exchange belongs to one connection, which may have several
+        if kind in (1, 7):  # an exchange belongs to one connection, which may have several
             exchange_id = int.from_bytes(record[8:16], "little")
             record[32:40] = (exchange_id >> 1).to_bytes(8, "little")
+            if kind == 7:
+                record[3] = End.HANDED_OVER
+                if exchange_id in ended:
+                    continue
             if record[3] > End.QUIET:  # and ends once
                 if exchange_id in ended:
                     record[4] &= ~Flag.FIRST & 0xFF
@@ -132,7 +147,7 @@ def check_pipeline(records: list[bytes], begun: int) -> None:
     pipeline = Pipeline(
         source=Source(records, begun),
         decoder=Decoder(LAYOUT),
-        protocols=[Http1(extractor=Extractor(FORMATS))],
+        protocols=[protocol(extractor=Extractor(FORMATS)) for protocol in PROTOCOLS],
         processes=ProcessTable(proc_root=Path("/nonexistent"), host_name="h", version="1"),
         selector=Selector(("*",), (), 0),
         stitcher=stitcher,

@@ -10,7 +10,7 @@ from h2.connection import H2Connection
 from hpack import Encoder
 from hyperframe.frame import Frame, HeadersFrame
 
-from agent.model import Call, ConnectionClosed, End, Exchange, Role, SegmentFlag
+from agent.model import Call, ConnectionClosed, End, Exchange, Flag, Role, SegmentFlag
 from agent.propagation import FORMATS, Extractor
 from agent.protocols.http1_stream import StreamLosses
 from agent.protocols.http2 import Http2
@@ -46,6 +46,12 @@ class Observed:
         self.results += self.connection.feed(msgspec.structs.replace(record, role=self.role))
         return self
 
+    def take_over(self, exchange: Exchange, *, is_announced: bool = False) -> Observed:
+        """Begin with an exchange of HTTP/1 that was answered by a switch to HTTP/2."""
+        self.connection.take_over(exchange, is_announced=is_announced)
+        self.time_ns = exchange.response_end_ns
+        return self
+
     def see_frame(self, direction: int, data: bytes, gap: int = 0, before: int = 0) -> Observed:
         """The same for a segment at whose beginning the kernel saw a frame begin."""
         return self.see(direction, data, gap, before, HTTP2 | AT_FRAME)
@@ -72,12 +78,18 @@ class Observed:
 class Conversation:
     """A client and a server of h2, and what they sent: ``log`` has (direction, bytes) in the order of the wire."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, upgrades: bool = False) -> None:
+        """``upgrades``: HTTP/1 has asked for HTTP/2 with ``settings``, and stream 1 is open."""
         self.client = H2Connection(H2Configuration(client_side=True, header_encoding="utf-8"))
         self.server = H2Connection(H2Configuration(client_side=False, header_encoding="utf-8"))
         self.log: list[tuple[int, bytes]] = []
-        self.client.initiate_connection()
-        self.server.initiate_connection()
+        self.settings = b""
+        if upgrades:
+            self.settings = self.client.initiate_upgrade_connection() or b""
+            self.server.initiate_upgrade_connection(self.settings)
+        else:
+            self.client.initiate_connection()
+            self.server.initiate_connection()
         self.exchange()
 
     def flush_client(self) -> None:
@@ -122,6 +134,42 @@ class Conversation:
 
 def get(path: str = "/", method: str = "GET", *more: tuple[str, str], scheme: str = "http") -> Headers:
     return [(":method", method), (":scheme", scheme), (":authority", "a.example:8080"), (":path", path), *more]
+
+
+SWITCHES = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+
+
+def upgraded(request: bytes, role: int = SERVER, **fields: object) -> Exchange:
+    """What the kernel says of an exchange whose response switches to HTTP/2."""
+    values: dict[str, object] = dict.fromkeys(Exchange.__struct_fields__, 0)
+    values |= {
+        "role": role,
+        "end": int(End.HANDED_OVER),
+        "flags": int(Flag.FIRST),
+        "exchange_id": 77,
+        "connection_id": 7,
+        "request_start_ns": 10,
+        "request_end_ns": 12,
+        "response_start_ns": 20,
+        "response_end_ns": 20,
+        "end_ns": 20,
+        "request_bytes": len(request),
+        "response_bytes": len(SWITCHES),
+        "request_captured": len(request),
+        "response_captured": len(SWITCHES),
+        "remote_address": bytes(10) + b"\xff\xff\x7f\0\0\1",
+        "tail": bytes(8),
+        "request": request,
+        "response": SWITCHES,
+    }
+    return Exchange(**values | fields)
+
+
+def asks(target: str = "/a", *more: str, method: str = "GET", settings: str = "AAMAAABkAAQAAP__") -> bytes:
+    """The head of a request that asks for HTTP/2."""
+    fields = ["Host: a.example:8080", "Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c"]
+    lines = [f"{method} {target} HTTP/1.1", *fields, f"HTTP2-Settings: {settings}", *more]
+    return "".join(f"{line}\r\n" for line in (*lines, "")).encode()
 
 
 def grpc(path: str = "/pkg.Greeter/Hello", *more: tuple[str, str]) -> Headers:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import random
 from collections.abc import Iterator
 
@@ -12,6 +13,7 @@ from hyperframe.frame import DataFrame, HeadersFrame, PushPromiseFrame
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from agent.model import End, Flag
 from agent.propagation import FORMATS, Extractor
 from agent.protocols import http2_frames, http2_stream
 from agent.protocols.http2 import Http2
@@ -27,11 +29,13 @@ from tests.unit.http2_traffic import (
     Conversation,
     Observed,
     Raw,
+    asks,
     frames_of,
     get,
     grpc,
     message,
     raw,
+    upgraded,
 )
 
 Log = list[tuple[int, bytes]]
@@ -711,7 +715,7 @@ def test_a_servers_settings_may_come_first() -> None:
     assert observed.losses.reasons == {}
 
 
-def test_upgraded_connections_begin_with_a_response() -> None:
+def test_an_upgrade_whose_beginning_was_lost() -> None:
     """After 101 (h2c) stream 1 is the request that HTTP/1 carried: its response has no request here."""
     made = Raw()
     observed = Observed().see(RESPONSE, raw(4, 0, 0, b"") + made.headers(RESPONSE, 1, OK, "END_STREAM"))
@@ -720,6 +724,211 @@ def test_upgraded_connections_begin_with_a_response() -> None:
     observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
     assert observed.only()[2]["url.path"] == "/a"
     assert (observed.losses.unmatched_responses, observed.losses.reasons) == (1, {})
+
+
+# ---- Behind an upgrade
+
+
+@pytest.mark.parametrize("first", [REQUEST, RESPONSE])
+def test_a_request_that_upgrades_is_stream_1(first: int) -> None:
+    """Its answer is the one on stream 1, whichever side begins; ids and times are those of the exchange."""
+    made = Raw()
+    observed = Observed().take_over(upgraded(asks(), peer_id=5, flags=int(Flag.FIRST | Flag.PROCESS_UNKNOWN)))
+    assert observed.connection.outstanding == 1
+    answer = raw(4, 0, 0, b"") + made.headers(RESPONSE, 1, OK) + raw(0, 1, 1, b"hello")
+    opening = PREFACE + raw(4, 0, 0, b"") + made.headers(REQUEST, 3, get("/b"), "END_STREAM")
+    for direction in (first, REQUEST + RESPONSE - first):
+        observed.see(direction, opening if direction == REQUEST else answer)
+    exchange, call = observed.results[0]
+    assert (exchange.exchange_id, exchange.peer_id, exchange.connection_id) == (77, 5, 7)
+    assert (exchange.request_start_ns, exchange.request_end_ns) == (10, 12)
+    assert exchange.response_start_ns == exchange.end_ns == (22 if first == REQUEST else 21)
+    assert exchange.flags & Flag.PROCESS_UNKNOWN
+    assert (call.name, call.error, call.complete) == ("GET", False, True)
+    values = dict(call.all_attributes())
+    assert values["network.protocol.version"] == "2"
+    assert (values["url.path"], values["server.address"], values["server.port"]) == ("/a", "a.example", 8080)
+    assert (values["http.response.status_code"], values["http.response.body.size"]) == (200, 5)
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    assert [values["url.path"] for values in observed.values] == ["/a", "/b"]
+    assert observed.results[1][0].exchange_id != 77
+    assert (observed.losses.unmatched_responses, observed.losses.reasons, observed.connection.lost) == (0, {}, 0)
+
+
+def test_an_upgrade_that_h2_makes() -> None:
+    """A client and a server that are not ours, whose header tables go on from stream 1 to the next ones."""
+    conversation = Conversation(upgrades=True)
+    conversation.answer(1, [*OK, ("x-a", "1" * 200)])
+    stream = conversation.ask(get("/b"))
+    conversation.answer(stream, [*OK, ("x-a", "1" * 200)], b"hello")
+    settings = conversation.settings.decode()
+    for cut in (1, 7, 1 << 20):
+        observed = Observed(response_headers=["x-a"]).take_over(upgraded(asks(settings=settings)))
+        for direction, data in conversation.log:
+            for start in range(0, len(data), cut):
+                observed.see(direction, data[start : start + cut])
+        assert [values["url.path"] for values in observed.values] == ["/a", "/b"]
+        assert {values["http.response.header.x-a"] for values in observed.values} == {("1" * 200,)}
+        assert (observed.losses.unmatched_responses, observed.losses.reasons) == (0, {})
+
+
+def test_the_settings_of_an_upgrade_hold_for_the_response() -> None:
+    """HTTP2-Settings counts as the client's first SETTINGS frame (RFC 7540 section 3.2.1)."""
+    made = Raw()
+    made.encoders[RESPONSE].header_table_size = 16384
+    payload = b"\0\1\0\0\x40\0" + b"\0\5\0\xff\xff\xff"
+    settings = base64.urlsafe_b64encode(payload).decode().rstrip("=")
+    observed = Observed().take_over(upgraded(asks(settings=settings)))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK) + raw(0, 1, 1, bytes(70000)))
+    assert observed.only()[2]["http.response.body.size"] == 70000
+    assert observed.losses.reasons == {}
+
+
+@pytest.mark.parametrize("settings", ["!", "AAM", "AAMAAABkAAQ", "\xff"])
+def test_settings_that_cannot_be_read_are_unknown(settings: str) -> None:
+    """Then everything is allowed, and the request is read all the same."""
+    made = Raw()
+    made.encoders[RESPONSE].header_table_size = 16384
+    observed = Observed().take_over(upgraded(asks(settings=settings)))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK)).see(RESPONSE, raw(0, 1, 1, bytes(70000)))
+    assert observed.only()[2]["http.response.body.size"] == 70000
+
+
+@pytest.mark.parametrize(
+    ("head", "body_bytes", "size"),
+    [
+        (asks(method="POST", target="/p"), 0, None),
+        (asks("/p", "Content-Length: 300", method="POST"), 300, 300),
+        (asks("/p", "Content-Length: 300", method="POST"), 200, None),
+        (asks("/p", "Transfer-Encoding: chunked", method="POST"), 310, None),
+        (asks("*", "Content-Length: 7", method="OPTIONS"), 7, 7),
+    ],
+)
+def test_the_body_of_a_request_that_upgrades(head: bytes, body_bytes: int, size: int | None) -> None:
+    """Its size is told where Content-Length does and all of it was seen."""
+    made = Raw()
+    observed = Observed().take_over(upgraded(head, request_bytes=len(head) + body_bytes))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    assert observed.only()[2].get("http.request.body.size") == size
+
+
+@pytest.mark.parametrize(
+    ("target", "url"),
+    [
+        ("/a?b=c", "http://a.example:8080/a?b=c"),
+        ("http://b.example/x", "http://b.example/x"),
+        ("http://user:word@b.example?x", "http://b.example/?x"),
+        ("*", "http://a.example:8080"),
+    ],
+)
+def test_targets_of_requests_that_upgrade(target: str, url: str) -> None:
+    """The absolute form names the authority, without whatever user stands in it."""
+    made = Raw()
+    observed = Observed(CLIENT).take_over(upgraded(asks(target), CLIENT))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    assert observed.only()[2]["url.full"] == url
+
+
+def test_a_request_that_upgrades_carries_its_context() -> None:
+    """traceparent is read as from any head."""
+    head = asks("/a", "Traceparent: 00-0123456789abcdef0123456789abcdef-00f067aa0ba902b7-01")
+    made = Raw()
+    observed = Observed().take_over(upgraded(head))
+    observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    assert observed.only()[1].context.trace_id.hex() == "0123456789abcdef0123456789abcdef"
+
+
+def test_a_head_that_was_cut_before_an_upgrade() -> None:
+    """What was captured is read, and it is said that there was more; the next one with the same head is not cut."""
+    made, head = Raw(), asks("/a", "X-Long: " + "x" * 100)
+    cut = upgraded(head[:-50], request_bytes=len(head), flags=int(Flag.FIRST | Flag.REQUEST_TRUNCATED))
+    protocol = Http2(extractor=Extractor(FORMATS))
+    for exchange, is_cut in ((cut, True), (upgraded(head), None)):
+        made = Raw()
+        observed = Observed(protocol=protocol).take_over(exchange)
+        observed.see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+        values = observed.only()[2]
+        assert values["url.path"] == "/a"
+        assert values.get("spanloom.request.head_truncated") == is_cut
+
+
+@pytest.mark.parametrize("request_bytes", [b"", b"\0\1\2\3", b"GET  HTTP/1.1\r\n\r\n", b"GET /a b\r\n\r\n", b"G /a"])
+def test_what_is_no_request_is_lost(request_bytes: bytes) -> None:
+    """It is counted, and the streams behind it are read; what the client's settings allow is not known."""
+    made = Raw()
+    made.encoders[RESPONSE].header_table_size = 16384
+    observed = Observed().take_over(upgraded(request_bytes), is_announced=True)
+    assert (observed.connection.lost, observed.connection.outstanding) == (1, 0)
+    assert observed.connection.withdrawn == [77]
+    observed.see(RESPONSE, raw(4, 0, 0, b"") + made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see(REQUEST, PREFACE + made.headers(REQUEST, 3, get("/b"), "END_STREAM"))
+    observed.see(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"))
+    assert observed.only()[2]["url.path"] == "/b"
+    assert list(observed.losses.reasons.values()) == [1]
+
+
+@pytest.mark.parametrize(
+    ("role", "end", "flags", "cause"),
+    [
+        (SERVER, End.RESET, 0, "client_disconnect"),
+        (CLIENT, End.RESET, 0, "connection_reset"),
+        (CLIENT, End.CLOSED, Flag.PEER_CLOSED, "incomplete_response"),
+        (SERVER, End.TIMED_OUT, 0, "timeout"),
+    ],
+)
+def test_an_upgrade_that_is_never_answered(role: int, end: End, flags: int, cause: str) -> None:
+    """The connection ends behind 101: no status, and what cut the answer off."""
+    observed = Observed(role).take_over(upgraded(asks(), role))
+    observed.see(RESPONSE, raw(4, 0, 0, b"")).see(REQUEST, PREFACE + raw(4, 0, 0, b"")).close(end, flags)
+    exchange, call, values = observed.only()
+    assert (exchange.exchange_id, exchange.end, call.error) == (77, end, True)
+    assert values["error.type"] == cause
+    assert "http.response.status_code" not in values
+
+
+def test_a_reset_answers_a_request_that_upgraded() -> None:
+    """RST_STREAM and GOAWAY end stream 1 as they do others."""
+    observed = Observed().take_over(upgraded(asks())).see(RESPONSE, raw(3, 0, 1, b"\0\0\0\2"))
+    assert observed.only()[2]["error.type"] == "INTERNAL_ERROR"
+    observed = Observed().take_over(upgraded(asks())).see(RESPONSE, raw(7, 0, 0, bytes(8)))
+    assert observed.only()[2]["error.type"] == "REFUSED_STREAM"
+
+
+def test_lost_segments_lose_a_request_that_upgraded() -> None:
+    """A gap where its answer may have been; who was told of it is told that it is lost."""
+    for is_announced in (False, True):
+        observed = Observed().take_over(upgraded(asks()), is_announced=is_announced)
+        observed.see(RESPONSE, raw(6, 0, 0, bytes(8)), before=100)
+        assert (observed.connection.lost, observed.connection.outstanding) == (1, 0)
+        assert observed.connection.withdrawn == [77] * is_announced
+
+
+def test_requests_that_were_lost_behind_an_upgrade_are_counted() -> None:
+    """Their streams are numbered from stream 1 on."""
+    made = Raw()
+    observed = Observed().take_over(upgraded(asks())).see(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"))
+    observed.see(REQUEST, PREFACE + raw(4, 0, 0, b""))
+    observed.see_frame(REQUEST, made.headers(REQUEST, 7, get("/b"), "END_STREAM"), before=100)
+    assert (observed.connection.lost, observed.connection.outstanding) == (2, 1)
+
+
+def test_a_table_that_an_upgrade_does_not_allow() -> None:
+    """The connection's beginning was seen, so more than the default size has to be allowed by somebody."""
+    block = b"\x3f\xe1\x3f\x88"  # 8192 bytes, status 200
+    for offered, is_read in (("", False), (base64.urlsafe_b64encode(b"\0\1\0\0\x20\0").decode(), True)):
+        observed = Observed().take_over(upgraded(asks(settings=offered))).see(RESPONSE, raw(1, 5, 1, block))
+        assert (observed.only()[2].get("http.response.status_code") == 200) == is_read
+        assert observed.losses.reasons == ({} if is_read else {"malformed": 1})
+
+
+def test_an_open_request_that_upgraded_is_announced_by_its_own_id() -> None:
+    """Once, and not when that was done before."""
+    observed = Observed().take_over(upgraded(asks()))
+    [(exchange, call)], oldest = observed.connection.announce(1000)
+    assert (exchange.exchange_id, exchange.end, call.complete, oldest) == (77, End.OPEN, True, 0)
+    assert observed.connection.announce(1000) == ([], 0)
+    assert Observed().take_over(upgraded(asks()), is_announced=True).connection.announce(1000) == ([], 0)
+    assert Observed().take_over(upgraded(asks())).connection.announce(5) == ([], 10)
 
 
 def test_other_settings_hold_for_what_comes_next() -> None:

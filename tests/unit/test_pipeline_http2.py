@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
-from agent.model import ConnectionClosed, End, PeerFound, Role, Segment
+import msgspec
+
+from agent.model import ConnectionClosed, ConnectionUpgraded, End, Exchange, PeerFound, Role, Segment
 from agent.process import Selector
 from agent.protocols.http1 import Http1
 from agent.protocols.http2 import Http2
 from agent.sampling import Sampler
 from tests.unit.exchanges import BACK, CLIENT, FRONT, MILLISECOND, SERVER, exchange
-from tests.unit.http2_traffic import AT_FRAME, HTTP2, OK, PREFACE, REQUEST, RESPONSE, Raw, get, raw
+from tests.unit.http2_traffic import (
+    AT_FRAME,
+    HTTP2,
+    OK,
+    PREFACE,
+    REQUEST,
+    RESPONSE,
+    Raw,
+    asks,
+    get,
+    raw,
+    upgraded,
+)
 from tests.unit.test_pipeline import OWN_TGID, Bench, segment, streamed
 
 LOCAL, REMOTE = bytes(10) + b"\xff\xff\x0a\0\0\x01", bytes(10) + b"\xff\xff\x0a\0\0\x02"
@@ -205,4 +219,172 @@ def test_requests_whose_segments_were_lost_are_counted() -> None:
     running.send(server.sees(RESPONSE, made.headers(RESPONSE, 9, OK, "END_STREAM"), 1004))
     running.sweep(1000)
     assert len(running.sink.spans) == 2
+    running.assert_balanced(in_flight=0)
+
+
+# -- behind an upgrade
+
+
+def switches(number: int, side: Side, at_ms: int = 1000, head: bytes = asks(), **fields: object) -> ConnectionUpgraded:
+    """The exchange of HTTP/1 that is answered by a switch, as the end of a connection sees it, 5 ms after its begin."""
+    values: dict[str, object] = {
+        "exchange_id": number,
+        "connection_id": side.connection,
+        "tgid": side.process[0],
+        "process_start_ns": side.process[1],
+        "request_start_ns": at_ms * MILLISECOND,
+        "request_end_ns": at_ms * MILLISECOND,
+    }
+    values |= dict.fromkeys(("response_start_ns", "response_end_ns", "end_ns"), (at_ms + 5) * MILLISECOND)
+    return ConnectionUpgraded(upgraded(head, side.role, **values | fields))
+
+
+def waits(switch: ConnectionUpgraded) -> Exchange:
+    """The same before its response, as the kernel announces what has waited for a while."""
+    values = dict.fromkeys(("response_start_ns", "response_end_ns", "response_bytes", "response_captured"), 0)
+    return msgspec.structs.replace(switch.exchange, end=int(End.OPEN), response=b"", **values)
+
+
+ANSWER = raw(4, 0, 0, b"") + Raw().headers(RESPONSE, 1, OK, "END_STREAM")
+
+
+def test_a_request_that_upgrades_is_a_span_with_the_answer_of_stream_1() -> None:
+    """On both ends, which know each other by the ids that they had before."""
+    running, server, client = bench(), Side(SERVER, 50, BACK), Side(CLIENT, 60, FRONT)
+    streamed(running, switches(8, server, peer_id=7))
+    streamed(running, switches(7, client))
+    running.assert_balanced(in_flight=2)
+    running.send(server.sees(RESPONSE, ANSWER, 1050), client.sees(RESPONSE, ANSWER, 1051)).sweep()
+    running.assert_balanced(in_flight=0)
+    [caller, called] = sorted(running.sink.spans, key=lambda span: -span.kind)
+    assert [int.from_bytes(span.span_id, "big") for span in (caller, called)] == [7, 8]
+    assert (called.parent_span_id, called.link_method) == (caller.span_id, "peer")
+    for span, end_ms in ((caller, 1051), (called, 1050)):
+        assert span.end_time_ns - span.start_time_ns == (end_ms - 1000) * MILLISECOND
+        values = dict(span.all_attributes())
+        assert (values["http.response.status_code"], values["network.protocol.version"]) == (200, "2")
+    running.send(closes(50), closes(60))
+    assert len(running.sink.spans) == 2
+    assert running.pipeline.streams == 0
+    running.assert_balanced(in_flight=0)
+
+
+def test_an_announced_request_that_upgrades_stays_known() -> None:
+    """What refers to it waits for its place, and gets it."""
+    running, server = bench(), Side(SERVER, 50, FRONT)
+    switch = switches(7, server, head=asks("/long", f"traceparent: {INBOUND[1]}"))
+    running.send(waits(switch))
+    onward = f"GET /onward HTTP/1.1\r\nHost: b\r\ntraceparent: {INBOUND[1]}\r\n\r\n".encode()
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"
+    running.source.count["streamed"] += 1  # as well as emitted
+    running.send(switch)
+    assert running.pipeline.pending == 0
+    running.assert_balanced(in_flight=1)
+    sizes = {"request_bytes": len(onward), "request_captured": len(onward)}
+    sizes |= {"response_bytes": len(answer), "response_captured": len(answer)}
+    running.send(exchange(9, CLIENT, start=1002, request=onward, response=answer, **sizes)).sweep(300)
+    [child] = running.sink.spans
+    running.send(server.sees(RESPONSE, ANSWER, 2000)).sweep()
+    [_, parent] = running.sink.spans
+    assert child.parent_span_id == parent.span_id == (7).to_bytes(8, "big")
+    running.assert_balanced(in_flight=0)
+
+
+def test_a_report_that_comes_behind_the_upgrade_is_none() -> None:
+    """The kernel's sweep may be about to report an exchange when it upgrades: it counts it twice, and tells late."""
+    running, server = bench(), Side(SERVER, 50, FRONT)
+    switch = switches(7, server)
+    running.source.count["begun"] -= 1  # it began once
+    streamed(running, switch).send(waits(switch))
+    assert (running.pipeline.pending, running.pipeline.superseded) == (0, 1)
+    running.assert_balanced(in_flight=1)
+    running.send(server.sees(RESPONSE, ANSWER, 1050), closes(50)).sweep()
+    assert len(running.sink.spans) == 1
+    running.assert_balanced(in_flight=0)
+
+
+def test_an_announced_request_that_upgrades_and_is_lost_is_forgotten() -> None:
+    """Whether its answer was lost, or nothing but the answer was seen."""
+    for is_told in (True, False):
+        running, server = bench(), Side(SERVER, 50, FRONT)
+        switch = switches(7, server)
+        running.send(waits(switch))
+        assert len(running.stitcher._announced) == 1
+        running.source.count["streamed"] += 1
+        if is_told:
+            running.send(switch)
+            server.offsets[RESPONSE] = 100
+        running.send(server.sees(RESPONSE, raw(6, 0, 0, bytes(8)), 1500))
+        assert len(running.stitcher._announced) == 0
+        running.send(closes(50))
+        assert running.pipeline.dropped == {"stream_lost" if is_told else "no_request": 1}
+        running.assert_balanced(in_flight=0)
+
+
+def test_a_request_that_upgrades_and_is_not_answered() -> None:
+    """The connection's end is its end."""
+    running, server = bench(), Side(SERVER, 50, FRONT)
+    streamed(running, switches(7, server))
+    running.send(server.sees(REQUEST, PREFACE + raw(4, 0, 0, b""), 1010), closes(50, End.RESET)).sweep()
+    [span] = running.sink.spans
+    assert dict(span.all_attributes())["error.type"] == "client_disconnect"
+    running.assert_balanced(in_flight=0)
+
+
+def test_an_upgrade_whose_connection_says_nothing_more() -> None:
+    """It times out like any stream, and what comes after all makes no span."""
+    running, server = bench(exchange_timeout_ns=10**9), Side(SERVER, 50, FRONT)
+    streamed(running, switches(7, server)).sweep(2000)
+    running.send(server.sees(RESPONSE, ANSWER, 4000), closes(50))
+    [span] = running.sink.spans
+    assert dict(span.all_attributes())["error.type"] == "timeout"
+    running.assert_balanced(in_flight=0)
+
+
+def test_where_http2_is_not_wanted_the_switch_is_the_answer() -> None:
+    """The exchange of HTTP/1 is whole with 101, and the frames behind it are ignored."""
+    running, server = Bench(), Side(SERVER, 50, FRONT)
+    streamed(running, switches(7, server))
+    running.send(server.sees(RESPONSE, ANSWER, 1010), server.sees(REQUEST, PREFACE, 1011), closes(50)).sweep()
+    [span] = running.sink.spans
+    values = dict(span.all_attributes())
+    assert (values["http.response.status_code"], values["network.protocol.version"]) == (101, "1.1")
+    assert span.end_time_ns - span.start_time_ns == 5 * MILLISECOND
+    assert running.pipeline.stream_losses.reasons == {}
+    running.assert_balanced(in_flight=0)
+
+
+def test_what_is_no_request_before_an_upgrade_is_dropped() -> None:
+    """Once, and the streams that follow are spans."""
+    running, made, server = bench(), Raw(), Side(SERVER, 50, FRONT)
+    streamed(running, switches(7, server, head=b"\0\1\r\n\r\n"))
+    running.assert_balanced(in_flight=0)
+    running.send(server.sees(REQUEST, PREFACE + made.headers(REQUEST, 3, get("/b"), "END_STREAM"), 1010))
+    running.send(server.sees(RESPONSE, made.headers(RESPONSE, 3, OK, "END_STREAM"), 1011), closes(50)).sweep()
+    assert running.pipeline.dropped == {"stream_lost": 1}
+    assert len(running.sink.spans) == 1
+    running.assert_balanced(in_flight=0)
+
+
+def test_connections_that_upgrade_have_a_bound() -> None:
+    """The oldest one is given up; a second switch of one connection is none."""
+    running = bench(max_pending=2)
+    for number in range(1, 4):
+        streamed(running, switches(number, Side(SERVER, 50 + number, FRONT)))
+    assert running.pipeline.streams == 2
+    assert running.pipeline.dropped == {"stream_lost": 1}
+    running.send(switches(4, Side(SERVER, 53, FRONT)))
+    assert (running.pipeline.streams, running.pipeline.superseded) == (2, 1)
+    running.send(*map(closes, (51, 52, 53))).sweep()
+    assert len(running.sink.spans) == 2
+    running.assert_balanced(in_flight=0)
+
+
+def test_an_upgrade_of_a_process_that_is_not_selected_is_dropped() -> None:
+    """As its other exchanges are."""
+    running, server = bench(), Side(SERVER, 50, FRONT)
+    running.pipeline.reconfigure(_protocols(running), Selector((), (), OWN_TGID))
+    streamed(running, switches(7, server)).send(server.sees(RESPONSE, ANSWER, 1010), closes(50)).sweep()
+    assert running.sink.spans == []
+    assert running.pipeline.dropped == {"not_selected": 1}
     running.assert_balanced(in_flight=0)

@@ -16,10 +16,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from agent.errors import KernelUnsupportedError, SpanloomError
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
-from agent.model import Exchange, Segment
+from agent.model import ConnectionUpgraded, Exchange, Segment
 
 REQUESTS = 5
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+ASKS = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n"
+SWITCHES = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -51,8 +53,11 @@ def exchanges(backend: str, port: int) -> list[Exchange]:
     return found
 
 
-def frames(backend: str) -> str:
-    """What is wrong with what a backend forwards of an HTTP/2 connection, seen from both ends; "" when nothing is."""
+def frames(backend: str, upgrades: bool) -> str:
+    """What is wrong with what a backend forwards of an HTTP/2 connection, seen from both ends; "" when nothing is.
+
+    ``upgrades``: HTTP/1 has asked for it.
+    """
     sent = PREFACE + frame(4, 0, bytes(6)) + frame(1, 1, b"block")
     sent += frame(0, 1, bytes(20_000)) + frame(1, 1, b"trailers")
     with Capture(CaptureSettings(backend=backend)) as capture:
@@ -61,12 +66,19 @@ def frames(backend: str) -> str:
             client = socket.create_connection(listener.getsockname())
             server, _ = listener.accept()
         with client, server:
+            if upgrades:
+                for sender, receiver, data in ((client, server, ASKS), (server, client, SWITCHES)):
+                    sender.sendall(data)
+                    receiver.recv(65536)
             client.sendall(sent)
             received = 0
             while received < len(sent):
                 received += len(server.recv(65536))
         batch, offsets = capture.drain()
-        segments = [one for one in Decoder(capture.layout).decode(batch, offsets) if type(one) is Segment]
+        records = Decoder(capture.layout).decode(batch, offsets)
+    segments = [one for one in records if type(one) is Segment]
+    if sum(type(one) is ConnectionUpgraded for one in records) != 2 * upgrades:
+        return f"upgrades: {records}"
     for role in (1, 2):
         mine = [one for one in segments if one.role == role and one.flags & 1]
         forwarded = b"".join(one.data for one in mine)
@@ -101,9 +113,10 @@ def main() -> int:
         if targets != wanted or any(not one.response.startswith(b"HTTP/1.1 200") for one in found):
             print(f"{backend}: {targets}")
             return 1
-        if wrong := frames(backend):
-            print(f"{backend}: {wrong}")
-            return 1
+        for upgrades in (False, True):
+            if wrong := frames(backend, upgrades):
+                print(f"{backend}: {wrong}")
+                return 1
         print(f"{backend}: frames of HTTP/2")
     return 0
 

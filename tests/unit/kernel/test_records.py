@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
+from agent.model import ConnectionClosed, ConnectionUpgraded, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
 from tests.unit.kernel.wire import CLOSE, EXCHANGE, LAYOUT, PEER, PROCESS, SEGMENT, TLS, batch, pack
 
 U64, U32, U16 = st.integers(0, 2**64 - 1), st.integers(0, 2**32 - 1), st.integers(0, 2**16 - 1)
@@ -106,7 +106,7 @@ def test_a_process_that_uses_tls_is_read():
     assert decode(TLS.pack(6, 2, 42, 2**63)) == [TlsSeen(2, 42, 2**63)]
 
 
-@pytest.mark.parametrize("kind", [0, 7, 255])
+@pytest.mark.parametrize("kind", [0, 8, 255])
 def test_an_unknown_kind_is_counted_and_skipped(kind):
     """A record of a later version does not disturb its neighbours."""
     decoder = Decoder(LAYOUT)
@@ -166,9 +166,10 @@ SEGMENTS = st.builds(
 )
 CLOSES = st.builds(ConnectionClosed, st.just(4), st.integers(0, 255), st.integers(0, 255), U32, U64, U64, U64)
 PEERS = st.builds(PeerFound, U64, U64)
+UPGRADES = st.builds(ConnectionUpgraded, EXCHANGES)
 
 
-@given(st.lists(st.one_of(EXCHANGES, PROCESSES, SEGMENTS, CLOSES, PEERS), max_size=12))
+@given(st.lists(st.one_of(EXCHANGES, PROCESSES, SEGMENTS, CLOSES, PEERS, UPGRADES), max_size=12))
 def test_records_survive_the_wire(records):
     """What the kernel packs is what comes out, in its order, whatever stands beside it."""
     decoder = Decoder(LAYOUT)

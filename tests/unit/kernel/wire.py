@@ -10,7 +10,7 @@ import struct
 from collections.abc import Sequence
 
 from agent.kernel.layout import WireLayout
-from agent.model import ConnectionClosed, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
+from agent.model import ConnectionClosed, ConnectionUpgraded, Exchange, PeerFound, ProcessSeen, Segment, TlsSeen
 
 _STRUCTS = {
     "record_exchange": (
@@ -31,7 +31,7 @@ _STRUCTS = {
     "record_tls": "kind:2 notice:2 tgid:4 start_ns:8",
 }
 _ENUMS = {
-    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE PEER TLS"),
+    "record_kind": ("RECORD_", 1, "EXCHANGE PROCESS SEGMENT CLOSE PEER TLS UPGRADE"),
     "exchange_role": ("ROLE_", 1, "SERVER CLIENT"),
     "exchange_end": ("END_", 1, "OPEN QUIET NEXT CLOSED RESET TIMED_OUT HANDED_OVER"),
     "tls_notice": ("TLS_", 1, "UNWATCHED OTHER_STACK"),
@@ -82,7 +82,9 @@ CLOSE = struct.Struct("<HBBIQQQ")
 TLS = struct.Struct("<HHIQ")
 
 
-def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound | TlsSeen) -> bytes:
+def pack(
+    record: Exchange | ProcessSeen | Segment | ConnectionClosed | ConnectionUpgraded | PeerFound | TlsSeen,
+) -> bytes:
     """The bytes that the kernel sends for a record."""
     values = [getattr(record, name) for name in record.__struct_fields__]
     match record:
@@ -103,6 +105,8 @@ def pack(record: Exchange | ProcessSeen | Segment | ConnectionClosed | PeerFound
             return PEER.pack(5, *values)
         case ConnectionClosed():
             return CLOSE.pack(*values)
+        case ConnectionUpgraded():
+            return (7).to_bytes(2, "little") + pack(record.exchange)[2:]
         case TlsSeen():
             return TLS.pack(6, *values)
 
