@@ -324,7 +324,12 @@ class Limits(Section, frozen=True):
 
     connections: Annotated[int, Meta(ge=16, le=4_194_304), _help("Connections whose state the kernel keeps.")] = 32768
     exchange_timeout_seconds: Annotated[
-        float, Meta(ge=1, le=86400), _help("An exchange without any traffic for this long is reported as timed out.")
+        float,
+        Meta(ge=1, le=86400),
+        _help(
+            "An exchange of HTTP/1 without any traffic for this long is reported as timed out. A stream of HTTP/2 may be "
+            "silent for as long as its connection lasts."
+        ),
     ] = 600.0
     processes: Annotated[int, Meta(ge=16, le=1_048_576), _help("Processes that are remembered.")] = 8192
     request_head_bytes: Annotated[

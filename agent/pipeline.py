@@ -199,6 +199,7 @@ class Pipeline:
         self._streams: dict[int, _Stream] = {}
         # When something was last heard of those that may owe spans, by connection, the most silent one first.
         self._streams_waiting: OrderedDict[int, int] = OrderedDict()
+        self._closes_lost = self._closes_lost_ns = 0
         self._streams_seen = 0
         self._streams_outstanding = 0
         # The clients' ends of servers' HTTP/2 connections, until the first segment of these.
@@ -515,7 +516,8 @@ class Pipeline:
 
     def _expire(self, now_ns: int) -> None:
         """Finish what was reported once and never again: its last record was lost, or its end has not been seen. And
-        pipelined requests that nothing has been heard of for too long.
+        pipelined requests that nothing has been heard of for too long, as well as streams of HTTP/2, when the end of
+        their connection may have been missed.
         """
         limit_ns = now_ns - self._pending_timeout_ns
         while self._pending:
@@ -530,9 +532,21 @@ class Pipeline:
                 break
             stream = self._streams[connection_id]
             outstanding = stream.outstanding
+            if outstanding and type(stream) is Http2Connection and heard_ns > self._last_lost_close_ns(now_ns):
+                # A stream may be silent for hours. Its connection is there: its close would have been told of.
+                self._streams_waiting[connection_id] = now_ns
+                self._streams_waiting.move_to_end(connection_id)
+                continue
             self._take_streamed(stream.expire(now_ns))
             self._give_up_unread(connection_id, stream)
             self._count_stream(connection_id, stream, stream.lost, outstanding, now_ns)
+
+    def _last_lost_close_ns(self, now_ns: int) -> int:
+        """When the kernel last lost the record of a connection's end, as far as it is known: not later. 0: never."""
+        closes_lost = self._source.counters()["closes_lost"]
+        if closes_lost != self._closes_lost:
+            self._closes_lost, self._closes_lost_ns = closes_lost, now_ns
+        return self._closes_lost_ns
 
     def _end_early(self, exchange: Exchange) -> None:
         """Finish an exchange that the kernel may still have more to say of."""

@@ -332,12 +332,32 @@ def test_a_request_that_upgrades_and_is_not_answered() -> None:
 
 
 def test_an_upgrade_whose_connection_says_nothing_more() -> None:
-    """It times out like any stream, and what comes after all makes no span."""
+    """It times out like any stream whose connection may have ended, and what comes after all makes no span."""
     running, server = bench(exchange_timeout_ns=10**9), Side(SERVER, 50, FRONT)
-    streamed(running, switches(7, server)).sweep(2000)
+    streamed(running, switches(7, server))
+    running.source.count["closes_lost"] += 1
+    running.sweep(2000)
     running.send(server.sees(RESPONSE, ANSWER, 4000), closes(50))
     [span] = running.sink.spans
     assert dict(span.all_attributes())["error.type"] == "timeout"
+    running.assert_balanced(in_flight=0)
+
+
+def test_a_stream_may_be_silent_for_as_long_as_its_connection_lasts() -> None:
+    """It has not timed out, however long nothing moves, and has its answer in the end; until a close is lost."""
+    made, running, server = Raw(), bench(exchange_timeout_ns=10**9), Side(SERVER, 50, FRONT)
+    asked = b"".join(made.headers(REQUEST, stream, get(f"/{stream}"), "END_STREAM") for stream in (1, 3))
+    streamed(running, server.sees(REQUEST, PREFACE + raw(4, 0, 0, b"") + asked, 1000))
+    for _ in range(10):
+        running.sweep(2000)
+    assert running.sink.spans == []
+    running.assert_balanced(in_flight=2)
+    running.send(server.sees(RESPONSE, made.headers(RESPONSE, 1, OK, "END_STREAM"), running.now_ms)).sweep()
+    [span] = running.sink.spans
+    assert "error.type" not in dict(span.all_attributes())
+    running.source.count["closes_lost"] += 1
+    running.sweep(2000)
+    assert dict(running.sink.spans[1].all_attributes())["error.type"] == "timeout"
     running.assert_balanced(in_flight=0)
 
 
