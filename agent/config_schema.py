@@ -327,8 +327,8 @@ class Limits(Section, frozen=True):
         float,
         Meta(ge=1, le=86400),
         _help(
-            "An exchange of HTTP/1 without any traffic for this long is reported as timed out. A stream of HTTP/2 may be "
-            "silent for as long as its connection lasts."
+            "An exchange of HTTP/1 without any traffic for this long is reported as timed out. A stream of HTTP/2 may "
+            "be silent for as long as its connection lasts."
         ),
     ] = 600.0
     processes: Annotated[int, Meta(ge=16, le=1_048_576), _help("Processes that are remembered.")] = 8192
