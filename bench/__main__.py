@@ -21,9 +21,10 @@ import sys
 import tempfile
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from bench.generator import Generator
 
@@ -200,15 +201,24 @@ def settle(generator: Generator, counter: subprocess.Popen) -> None:
         time.sleep(0.25)
 
 
-KINDS = ("http", "https", "http2")
+KINDS = ("http", "https", "http2", "grpc")
+MULTIPLEXED = ("http2", "grpc")
+
+
+class Server(NamedTuple):
+    """What is asked: its port, the pid of the process that answers, and how many requests that has served so far."""
+
+    port: int
+    pid: int
+    served: Callable[[], int]
+
+
 """What nginx is asked by: HTTP/1.1, the same over TLS, HTTP/2 in the clear; one connection kept for many requests."""
 
 
 @contextmanager
-def nginx(kind: str = "http") -> Iterator[tuple[int, int, int]]:
-    """A single-worker nginx on core 0 with the settings of Debian's package and a small page: its port, that of its
-    status page, and the worker's pid.
-    """
+def nginx(kind: str = "http") -> Iterator[Server]:
+    """A single-worker nginx on core 0 with the settings of Debian's package and a small page."""
     folder = tempfile.mkdtemp(prefix="spanloom-bench-")
     port, status_port = free_port(), free_port()
     Path(folder, "index.html").write_text("hello " * 100)
@@ -241,11 +251,37 @@ def nginx(kind: str = "http") -> Iterator[tuple[int, int, int]]:
                     raise
                 time.sleep(0.05)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        yield port, status_port, int(children[0])
+        with socket.create_connection(("127.0.0.1", status_port)) as status:
+
+            def served() -> int:
+                status.sendall(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")
+                return int(re.search(rb"\n (\d+) (\d+) (\d+)", status.recv(4096))[3])
+
+            yield Server(port, int(children[0]), served)
     finally:
         process.terminate()
         process.wait(10)
         shutil.rmtree(folder)
+
+
+@contextmanager
+def grpcio() -> Iterator[Server]:
+    """grpcio's server on core 0, in Python: bench/grpc_load.py."""
+    port = free_port()
+    command = ["taskset", "-c", "0", sys.executable, "-m", "bench.grpc_load", "serve", str(port)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    try:
+        process.stdout.readline()
+
+        def served() -> int:
+            process.stdin.write("\n")
+            process.stdin.flush()
+            return int(process.stdout.readline())
+
+        yield Server(port, process.pid, served)
+    finally:
+        process.stdin.close()
+        process.wait(10)
 
 
 @contextmanager
@@ -254,7 +290,9 @@ def requests(kind: str, port: int, seconds: float) -> Iterator[None]:
     16 with 16 streams each, which are new every second: of those that are older than the agent it sees little.
     """
     length = int(seconds) + 1
-    if kind == "http2":
+    if kind == "grpc":
+        command = [sys.executable, "-m", "bench.grpc_load", "call", str(port), str(length)]
+    elif kind == "http2":
         once = f"h2load -t1 -c16 -m16 -D1 http://127.0.0.1:{port}/"
         command = ["sh", "-c", f"for second in $(seq {length}); do {once}; done"]
     else:
@@ -291,29 +329,26 @@ class Switchable:
         self.process.wait(20)
 
 
-def measure_nginx(pairs: int, backend: str, kind: str = "http") -> dict[str, object]:
-    """Requests per second of a saturated nginx, attached over not attached, in short windows one after the other; and
+def measure_server(pairs: int, backend: str, kind: str = "http") -> dict[str, object]:
+    """Requests per second of a saturated server, attached over not attached, in short windows one after the other; and
     the agent's CPU time per span of the attached ones, all that it does included.
     """
-    settle_seconds, window_seconds = (1.5 if kind == "http2" else 0.75), 0.5
+    settle_seconds, window_seconds = (1.5 if kind in MULTIPLEXED else 0.75), 0.5
     windows: dict[str, list[tuple[float, float]]] = {"detached": [], "attached": []}
-    # Core 0 is nginx's alone: everything else shares core 1 with the agent.
+    # Core 0 is the server's alone: everything else shares core 1 with the agent.
     agent_seconds = spans = 0
-    with nginx(kind) as (port, status_port, worker), collector(core=1) as (collector_port, _):
-        # The load generator stands for clients elsewhere: it is not traced.
+    # The load generator stands for clients elsewhere and is not traced, but for gRPC's: its executable is the server's.
+    excluded, spans_per_request = ("", 2) if kind == "grpc" else ("wrk, h2load", 1)
+    with grpcio() if kind == "grpc" else nginx(kind) as server, collector(core=1) as (collector_port, _):
+        port, worker, served = server
         agent = Switchable(
             f"export.otlp.endpoint=http://127.0.0.1:{collector_port}",
             "telemetry.listen=null",
-            "select.executables.exclude=[wrk, h2load]",
+            f"select.executables.exclude=[{excluded}]",
             f"select.ports.include=[{port}]",
             f"kernel.backend={backend}",
             f"capture.tls={str(kind == 'https').lower()}",
         )
-        status = socket.create_connection(("127.0.0.1", status_port))
-
-        def served() -> int:
-            status.sendall(b"GET / HTTP/1.1\r\nHost: bench\r\n\r\n")
-            return int(re.search(rb"\n (\d+) (\d+) (\d+)", status.recv(4096))[3])
 
         def window() -> tuple[float, float]:
             count, used, began = served(), cpu_seconds(worker), time.monotonic()
@@ -355,14 +390,14 @@ def measure_nginx(pairs: int, backend: str, kind: str = "http") -> dict[str, obj
                         windows[state].append(window())
                         if state == "attached":
                             agent_seconds += cpu_seconds(agent.process.pid) - used
-                            spans += round(windows[state][-1][0] * window_seconds)
+                            spans += round(windows[state][-1][0] * window_seconds) * spans_per_request
                 programs = statistics_of_programs()
             counters = json.loads(agent.command("statistics"))["counters"]
         finally:
-            status.close()
             agent.close()
     paired = list(zip(windows["detached"], windows["attached"], strict=True))
     return {
+        "server": "grpcio" if kind == "grpc" else "nginx",
         "kind": kind,
         "backend": backend,
         "agent_us_per_span": round(agent_seconds / max(spans, 1) * 1e6, 2),
@@ -384,13 +419,13 @@ def measure_nginx(pairs: int, backend: str, kind: str = "http") -> dict[str, obj
 def measure_start(rounds: int) -> dict[str, float]:
     """Seconds from starting the agent to its first span at the collector, with requests going on all the time."""
     seconds = []
-    with nginx() as (port, _, _), collector() as (collector_port, counter):
+    with nginx() as server, collector() as (collector_port, counter):
         for _ in range(rounds):
             counted = collected(counter)
             began = time.monotonic()
-            with agent(collector_port, "export.batch.max_delay_seconds=0.1", f"select.ports.include=[{port}]"):
+            with agent(collector_port, "export.batch.max_delay_seconds=0.1", f"select.ports.include=[{server.port}]"):
                 while collected(counter) == counted and time.monotonic() - began < 30:
-                    get(f"http://127.0.0.1:{port}/")
+                    get(f"http://127.0.0.1:{server.port}/")
                     time.sleep(0.02)
                 seconds.append(time.monotonic() - began)
     return {"seconds_to_first_span": round(statistics.median(seconds), 2), "rounds": rounds}
@@ -402,7 +437,7 @@ def table(result: dict) -> str:
     if "nginx" in result:
         for web in result["nginx"]:
             lines += [
-                f"nginx by {web['kind']}, one saturated worker, backend {web['backend']}",
+                f"{web['server']} by {web['kind']}, one saturated worker, backend {web['backend']}",
                 "  (agent and load generator on the other core)",
                 f"  requests/s attached / not attached   {web['throughput_ratio']:.3f}{_ratio_target(web['kind'])}",
                 f"  ({web['requests_per_second_traced']} / {web['requests_per_second_plain']}, worker busy "
@@ -444,7 +479,7 @@ def _ratio_target(kind: str) -> str:
 
 
 def _http2_target(kind: str) -> str:
-    return f"   (target: at most {TARGETS['cpu_us_per_span_http2']:g})" if kind == "http2" else ""
+    return f"   (target: at most {TARGETS['cpu_us_per_span_http2']:g})" if kind in MULTIPLEXED else ""
 
 
 def _cpu(one: dict[str, float]) -> str:
@@ -476,7 +511,7 @@ def main() -> int:
         "--backends", nargs="*", default=["sockets", "syscalls"], help="kernel.backend of the nginx comparison"
     )
     parser.add_argument(
-        "--kinds", nargs="*", default=KINDS, choices=KINDS, help="what nginx is asked by (default: all)"
+        "--kinds", nargs="*", default=KINDS, choices=KINDS, help="what the server is asked by (default: all)"
     )
     arguments = parser.parse_args()
     parts = arguments.parts or ["nginx", "spans", "start"]
@@ -484,7 +519,7 @@ def main() -> int:
     if "nginx" in parts:
         print("measuring nginx …", file=sys.stderr)
         result["nginx"] = [
-            measure_nginx(arguments.pairs, backend, kind) for kind in arguments.kinds for backend in arguments.backends
+            measure_server(arguments.pairs, backend, kind) for kind in arguments.kinds for backend in arguments.backends
         ]
     if "spans" in parts:
         result["spans"] = []

@@ -41,6 +41,7 @@ def test_the_table_has_each_figure_with_its_target():
 def test_the_comparison_on_nginx_has_its_target():
     """The ratio and what is aimed at stand in one line."""
     web = {
+        "server": "nginx",
         "kind": "http",
         "agent_us_per_span": 7.0,
         "backend": "sockets",
