@@ -17,6 +17,7 @@ from pathlib import Path
 import msgspec
 
 from agent.elf import ReadAt, function_offsets, read_layout
+from agent.file_identity import Identity, identity_of
 from agent.go_binary import GoUnseenError, crypto_tls_calls
 from agent.process import ProcessInfo, language_of_elf
 
@@ -55,8 +56,6 @@ _STACK_SWITCHING = ("__crystal_main", "bthread_start_background", "co_resume", "
 """Functions that tell the same of an executable: Crystal's runtime, brpc, libco, vibe.d."""
 
 _STAYS_ON_ITS_STACK = re.compile(r"nginx|apache2|httpd|haproxy|node|curl|wget|(?:python|pypy)[\d.]*")
-
-Identity = tuple[object, ...]
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -156,7 +155,7 @@ class Libraries:
             return False
         try:
             status = os.fstat(fd)
-            known_as = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            known_as = (*identity_of(fd), status.st_size, status.st_mtime_ns)
             found = self._switching.get(known_as)
             if found is None:
                 found = bool(function_offsets(lambda offset, count: os.pread(fd, count, offset), _STACK_SWITCHING))
@@ -226,7 +225,7 @@ class Libraries:
         library = None
         try:
             status = os.fstat(fd)
-            identity = status.st_dev, status.st_ino
+            identity = identity_of(fd)
             # The same file may have been changed in its place since it was looked at.
             known_as = (*identity, status.st_size, status.st_mtime_ns)
             found = self._known.get(known_as)
@@ -298,8 +297,7 @@ def _identity(fd: int | None) -> Identity | None:
     if fd is None:
         return None
     try:
-        status = os.fstat(fd)
-        return status.st_dev, status.st_ino
+        return identity_of(fd)
     finally:
         os.close(fd)
 

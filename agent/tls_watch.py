@@ -17,10 +17,11 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
+from agent.file_identity import Identity
 from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.telemetry import event
-from agent.tls_libraries import Identity, Libraries, Library, why_unseen
+from agent.tls_libraries import Libraries, Library, why_unseen
 
 _log = logging.getLogger("spanloom.tls")
 
@@ -226,8 +227,11 @@ class TlsWatch:
             elif executable is not None:
                 found.append(executable)
         if not found:
-            # The executable of a process that has ended meanwhile cannot be read any more.
-            self._report(info, "gone" if self._libraries.shared(tgid) is None else why_unseen(info))
+            # The executable of a process that has ended meanwhile cannot be read; one that goes on may have loaded more.
+            found = self._libraries.shared(tgid)
+            if not found:
+                self._report(info, "gone" if found is None else why_unseen(info))
+                return
         is_unsafe = notice == TlsNotice.OTHER_STACK
         for library in found:
             reason = self._use(library, tgid, is_unsafe)

@@ -74,6 +74,8 @@ class Libraries:
         self.go: dict[int, str] = {}  # executables of Go programs, numbered as their processes: why not, or ""
         self.switching: set[int] = set()
         self.unknown: set[int] = set()
+        self.loaded_next: dict[int, list[int]] = {}  # what processes load behind the next look at them
+        self.ends_next: set[int] = set()  # processes that end behind it
 
     def processes(self) -> Iterator[int]:
         return iter(list(self.files | self.go))
@@ -81,9 +83,14 @@ class Libraries:
     def shared(self, tgid: int) -> list[Library] | None:
         if tgid not in self.files and tgid not in self.go:
             return None
+        mapped = self.files.get(tgid, [])
+        if tgid in self.loaded_next:
+            self.files[tgid] = self.loaded_next.pop(tgid)
+        if tgid in self.ends_next:
+            self.ends_next.discard(tgid)
+            del self.files[tgid]
         return [
-            Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE))
-            for file in self.files.get(tgid, ())
+            Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE)) for file in mapped
         ]
 
     def executable(self, tgid: int) -> Library | None:
@@ -249,6 +256,29 @@ def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
     bench.tell(12)
     wait_until(lambda: sum(bench.watch.unseen.values()) == 3)
     assert bench.watch.unseen == {"java": 1, "no_symbols": 1, "gone": 1}
+
+
+def test_a_library_that_is_loaded_while_its_process_is_looked_at_is_watched(bench: Bench):
+    """The process is asked twice before it is said that nothing is seen of it."""
+    bench.start()
+    bench.libraries.files = {10: []}
+    bench.libraries.loaded_next = {10: [5]}
+    bench.tell(10)
+    wait_until(lambda: bench.watch.files == 1)
+    assert not bench.watch.unseen
+
+
+def test_what_ends_while_it_is_looked_at_leaves_nothing(bench: Bench):
+    """Its file is watched, as others may run it soon, and let go when nobody does."""
+    bench.start()
+    for number in range(20):
+        bench.libraries.files[10] = [number]
+        bench.libraries.ends_next = {10}
+        bench.tell(10)
+        wait_until(lambda number=number: bench.watch.attached == number + 1)
+    assert bench.watch.files == 20
+    bench.look()
+    assert (bench.watch.files, bench.watch.detached, bench.probes.links) == (0, 20, [])
 
 
 def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):
