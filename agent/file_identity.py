@@ -34,8 +34,8 @@ def identity_of(fd: int) -> Identity:
     The containers of an image have overlay file systems of their own over the same layers, and each shows a file under
     a device number of its own; probes, however, are put on the file in the layer (d_real_inode() in
     kernel/trace/trace_uprobe.c). That one has one number, of which an overlay may use the upper half for itself, and
-    one time of birth. One that was copied up keeps the number and has a time of its own. The time also tells a file from
-    an earlier one that had its number.
+    one time of birth. One that was copied up keeps the number and has a time of its own. The time also tells a file
+    from an earlier one that had its number.
     """
     status = os.fstat(fd)
     born_ns = _born_ns(fd)

@@ -23,6 +23,8 @@ from agent.process import ProcessInfo, language_of_elf
 
 _MAPS_BYTES = 1024 * 1024
 _KNOWN_FILES = 4096
+_MAPPINGS = 64
+"""Of one process that are looked at: a real one has a handful."""
 _LIBRARY = re.compile(rb"/lib(?:ssl|boringssl|gnutls|node)(?=[^/\n]*+$)[^/\n]*?\.so")
 
 FAMILIES: tuple[dict[str, str], ...] = (
@@ -168,12 +170,11 @@ class Libraries:
         finally:
             os.close(fd)
 
-    def maps(self, tgid: int, identity: Identity) -> bool:
-        """Whether the process still runs that file."""
-        if _identity(_open(f"{self._proc_root}/{tgid}/exe")) == identity:
-            return True
-        mapped = self._mapped(tgid) or ()
-        return any(_identity(self._open_mapped(tgid, mapping)) == identity for mapping in mapped)
+    def files(self, tgid: int) -> set[Identity]:
+        """What the process runs: its executable, and whatever is named like a TLS library."""
+        found = {_identity(_open(f"{self._proc_root}/{tgid}/exe"))}
+        found.update(_identity(self._open_mapped(tgid, mapping)) for mapping in self._mapped(tgid) or ())
+        return {identity for identity in found if identity is not None}
 
     def _map_lines(self, tgid: int) -> list[bytes] | None:
         """The process's memory map. None: nothing is mapped, the process has ended."""
@@ -187,7 +188,7 @@ class Libraries:
         return bytes(data).splitlines() or None
 
     def _mapped(self, tgid: int) -> list[_Mapping] | None:
-        """The mappings of code whose name is that of a TLS library, or None."""
+        """The first ``_MAPPINGS`` mappings of code whose name is that of a TLS library, or None."""
         lines = self._map_lines(tgid)
         if lines is None:
             return None
@@ -200,6 +201,8 @@ class Libraries:
                     span = f"{int(start, 16):x}-{int(end, 16):x}"
                     path = fields[5].removesuffix(b" (deleted)").decode("utf-8", "surrogateescape")
                     found.append(_Mapping(span, int(fields[4]), path))
+                    if len(found) == _MAPPINGS:
+                        break
         return found
 
     def _open_mapped(self, tgid: int, mapping: _Mapping) -> int | None:

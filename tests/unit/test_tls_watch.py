@@ -30,6 +30,7 @@ class Probes:
     def __init__(self) -> None:
         self.links: list[tuple[str, int, bool]] = []
         self.taken_back: list[tuple[str, int, bool]] = []
+        self.waits = 0
         self.refuses: SpanloomError | None = None
         self.refuses_all: SpanloomError | None = None
         self.watched = 0
@@ -52,6 +53,7 @@ class Probes:
         return link
 
     def unwatch(self, links: Iterable[tuple[str, int, bool]]) -> None:
+        self.waits += 1
         for link in links:
             self.links.remove(link)
             self.taken_back.append(link)
@@ -70,7 +72,7 @@ class Libraries:
     """Which process maps which file; a file is a number."""
 
     def __init__(self) -> None:
-        self.files: dict[int, list[int]] = {}
+        self.mapped: dict[int, list[int]] = {}
         self.go: dict[int, str] = {}  # executables of Go programs, numbered as their processes: why not, or ""
         self.switching: set[int] = set()
         self.unknown: set[int] = set()
@@ -78,17 +80,17 @@ class Libraries:
         self.ends_next: set[int] = set()  # processes that end behind it
 
     def processes(self) -> Iterator[int]:
-        return iter(list(self.files | self.go))
+        return iter(list(self.mapped | self.go))
 
     def shared(self, tgid: int) -> list[Library] | None:
-        if tgid not in self.files and tgid not in self.go:
+        if tgid not in self.mapped and tgid not in self.go:
             return None
-        mapped = self.files.get(tgid, [])
+        mapped = self.mapped.get(tgid, [])
         if tgid in self.loaded_next:
-            self.files[tgid] = self.loaded_next.pop(tgid)
+            self.mapped[tgid] = self.loaded_next.pop(tgid)
         if tgid in self.ends_next:
             self.ends_next.discard(tgid)
-            del self.files[tgid]
+            del self.mapped[tgid]
         return [
             Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE)) for file in mapped
         ]
@@ -108,9 +110,9 @@ class Libraries:
     def switches_stacks(self, tgid: int) -> bool:
         return tgid in self.switching
 
-    def maps(self, tgid: int, identity: tuple[object, ...]) -> bool:
-        found = [(1, file) for file in self.files.get(tgid, ())]
-        return identity in found or (tgid in self.go and identity == (2, tgid))
+    def files(self, tgid: int) -> set[tuple[object, ...]]:
+        executable = {(2, tgid)} if tgid in self.go else set()
+        return executable | {(1, file) for file in self.mapped.get(tgid, ())}
 
 
 def wait_until(condition: Callable[[], object]) -> None:
@@ -157,10 +159,10 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 
 def test_a_file_is_watched_once_however_many_run_it(bench: Bench):
     """From the start, and for processes that are told of later; the agent itself is passed over."""
-    bench.libraries.files = {1: [9], 10: [5], 11: [5]}
+    bench.libraries.mapped = {1: [9], 10: [5], 11: [5]}
     bench.start()
     assert bench.watch.files == bench.probes.watched == 1
-    bench.libraries.files[12] = [5, 6]
+    bench.libraries.mapped[12] = [5, 6]
     bench.tell(12)
     wait_until(lambda: bench.watch.files == 2)
     assert bench.watch.attached == 2
@@ -169,7 +171,7 @@ def test_a_file_is_watched_once_however_many_run_it(bench: Bench):
 
 def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(bench: Bench):
     """It may be one that switches stacks: the kernel tells with them."""
-    bench.libraries.files = {10: [5], 11: [6]}
+    bench.libraries.mapped = {10: [5], 11: [6]}
     bench.libraries.unknown = {11}
     bench.start()
     assert bench.watch.files == 1
@@ -179,7 +181,7 @@ def test_what_a_little_known_program_runs_is_not_watched_before_its_first_bytes(
 
 def test_returns_come_first_and_go_last(bench: Bench):
     """A beginning that is seen is one whose end will be."""
-    bench.libraries.files = {10: [5]}
+    bench.libraries.mapped = {10: [5]}
     bench.start()
     assert [link[2] for link in bench.probes.links] == [True, True, False, False, False]
     bench.watch.stop()
@@ -188,27 +190,36 @@ def test_returns_come_first_and_go_last(bench: Bench):
 
 def test_a_file_is_let_go_with_its_last_user(bench: Bench):
     """Not before; and not when somebody runs it who was never told of."""
-    bench.libraries.files = {10: [5], 11: [5]}
+    bench.libraries.mapped = {10: [5], 11: [5]}
     bench.start()
-    del bench.libraries.files[10]
+    del bench.libraries.mapped[10]
     bench.look()
     assert bench.watch.files == 1
-    bench.libraries.files[12] = bench.libraries.files.pop(11)
+    bench.libraries.mapped[12] = bench.libraries.mapped.pop(11)
     bench.look()
     assert bench.watch.files == 1
-    bench.libraries.files.clear()
+    bench.libraries.mapped.clear()
     bench.look()
     assert (bench.watch.files, bench.watch.detached, bench.probes.links) == (0, 1, [])
 
 
+def test_files_are_let_go_together(bench: Bench):
+    """However many lose their last user, the kernel is waited for twice: for the beginnings and for the ends."""
+    bench.libraries.mapped = {10: list(range(50)), 11: [7]}
+    bench.start()
+    del bench.libraries.mapped[10]
+    bench.look()
+    assert (bench.watch.files, bench.watch.detached, bench.probes.waits) == (1, 49, 2)
+
+
 def test_one_process_that_switches_stacks_keeps_probes_off(bench: Bench):
     """At once and for good, for all that run the file; others are not concerned."""
-    bench.libraries.files = {10: [5], 11: [6]}
+    bench.libraries.mapped = {10: [5], 11: [6]}
     bench.start()
-    bench.libraries.files[12] = [5]
+    bench.libraries.mapped[12] = [5]
     bench.tell(12, TlsNotice.OTHER_STACK)
     wait_until(lambda: bench.watch.files == 1)
-    bench.libraries.files[13] = [5]
+    bench.libraries.mapped[13] = [5]
     bench.tell(13)
     wait_until(lambda: bench.watch.unseen["stacks"] == 2)
     assert bench.watch.files == 1
@@ -217,7 +228,7 @@ def test_one_process_that_switches_stacks_keeps_probes_off(bench: Bench):
 
 def test_what_is_known_to_switch_stacks_is_never_watched(bench: Bench):
     """By its libraries or its executable."""
-    bench.libraries.files = {10: [5]}
+    bench.libraries.mapped = {10: [5]}
     bench.libraries.switching = {10}
     bench.start()
     assert (bench.watch.files, bench.watch.refused, bench.probes.taken_back) == (0, {"stacks": 1}, [])
@@ -226,7 +237,7 @@ def test_what_is_known_to_switch_stacks_is_never_watched(bench: Bench):
 def test_a_refusal_leaves_nothing_attached(bench: Bench):
     """What was attached before it is taken back, the file is not tried again, and its processes are counted."""
     bench.probes.refuses = SpanloomError("no")
-    bench.libraries.files = {10: [5], 11: [5]}
+    bench.libraries.mapped = {10: [5], 11: [5]}
     bench.start()
     assert (bench.watch.files, bench.probes.links, bench.watch.refused) == (0, [], {"attach": 1})
     bench.tell(11)
@@ -241,7 +252,7 @@ def test_a_refusal_leaves_nothing_attached(bench: Bench):
 def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError, reason: str, bench: Bench):
     """The kernel is not even asked to tell of processes."""
     bench.probes.refuses_all = error
-    bench.libraries.files = {10: [5]}
+    bench.libraries.mapped = {10: [5]}
     bench.start()
     bench.tell(10)
     assert (bench.watch.files, bench.watch.refused, bench.probes.announces) == (0, {reason: 1}, False)
@@ -249,7 +260,7 @@ def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError
 
 def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
     """Of each process, once it was looked at."""
-    bench.libraries.files = {10: [], 11: []}
+    bench.libraries.mapped = {10: [], 11: []}
     bench.start()
     bench.tell(10, language="java")
     bench.tell(11)
@@ -261,7 +272,7 @@ def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
 def test_a_library_that_is_loaded_while_its_process_is_looked_at_is_watched(bench: Bench):
     """The process is asked twice before it is said that nothing is seen of it."""
     bench.start()
-    bench.libraries.files = {10: []}
+    bench.libraries.mapped = {10: []}
     bench.libraries.loaded_next = {10: [5]}
     bench.tell(10)
     wait_until(lambda: bench.watch.files == 1)
@@ -272,7 +283,7 @@ def test_what_ends_while_it_is_looked_at_leaves_nothing(bench: Bench):
     """Its file is watched, as others may run it soon, and let go when nobody does."""
     bench.start()
     for number in range(20):
-        bench.libraries.files[10] = [number]
+        bench.libraries.mapped[10] = [number]
         bench.libraries.ends_next = {10}
         bench.tell(10)
         wait_until(lambda number=number: bench.watch.attached == number + 1)
@@ -284,14 +295,14 @@ def test_what_ends_while_it_is_looked_at_leaves_nothing(bench: Bench):
 def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     """And counted."""
     monkeypatch.setattr(tls_watch, "MAX_FILES", 2)
-    bench.libraries.files = {10: [1, 2, 3, 4]}
+    bench.libraries.mapped = {10: [1, 2, 3, 4]}
     bench.start()
     assert (bench.watch.files, bench.watch.refused) == (2, {"too_many": 2})
 
 
 def test_off_and_on_and_off_again(bench: Bench):
     """Each turn waits for the one before, however quickly they follow; at the end nothing is attached."""
-    bench.libraries.files = {10: [5]}
+    bench.libraries.mapped = {10: [5]}
     for _ in range(20):
         bench.watch.start()
         bench.watch.stop(wait=False)
@@ -336,7 +347,7 @@ def test_a_go_program_may_use_a_library_as_well(bench: Bench):
     """Both are watched; one without TLS of its own is not reported for that."""
     bench.libraries.unknown = {10, 11}
     bench.start()
-    bench.libraries.files = {10: [5], 11: [5]}
+    bench.libraries.mapped = {10: [5], 11: [5]}
     bench.libraries.go = {10: "", 11: "go_no_tls"}
     bench.tell(10, language="go")
     wait_until(lambda: bench.watch.files == 2)
