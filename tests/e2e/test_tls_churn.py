@@ -10,66 +10,20 @@ import shutil
 import signal
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.collector import CollectedSpan
-from tests.e2e.harness import AgentProcess, Process, free_port, show, wait_until
-from tests.e2e.servers import APPS
+from tests.e2e.harness import AgentProcess, free_port, show, wait_until
 from tests.e2e.test_tls import nginx, open_files, wait_for_libraries
+from tests.e2e.tls_any import ClientFactory
 
 OPENSSL = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
 OWN = "libssl-churn.so"
 """No other program's library is called this."""
 PROBE, LINK = "anon_inode:[perf_event]", "anon_inode:bpf_link"
-
-
-@pytest.fixture(scope="module")
-def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A client that uses the library that it is told to."""
-    made = tmp_path_factory.mktemp("program") / "tls_any"
-    subprocess.run(["cc", "-O1", "-o", made, APPS / "tls_any.c", "-ldl"], check=True, timeout=60)
-    return made
-
-
-class Client(Process):
-    """It asks for what it is told to, one line at a time."""
-
-    def ask(self, *lines: str, answers: int | None = None) -> None:
-        """Wait for as many answers as there are lines, or ``answers``; all are 200."""
-        wanted = self.answered + (len(lines) if answers is None else answers)
-        assert self.popen.stdin is not None
-        self.popen.stdin.write("".join(f"{line}\n" for line in lines).encode())
-        self.popen.stdin.flush()
-        wait_until(lambda: self.answered >= wanted, self.output, 60)
-        assert set(self.output().split()) == {"200"}
-
-    @property
-    def answered(self) -> int:
-        return self.output().count("\n")
-
-    def end(self) -> None:
-        self.popen.communicate(timeout=30)
-        assert self.popen.returncode == 0, self.output()
-
-
-@pytest.fixture
-def client(program: Path, public_path: Path) -> Iterator[Callable[..., Client]]:
-    """``client(library, port, within=(...))`` starts one; ``within`` is a command that becomes it."""
-    with ExitStack() as stack:
-        count = 0
-
-        def start(library: Path, port: int, within: tuple[str, ...] = ()) -> Client:
-            nonlocal count
-            count += 1
-            command = [*within, program, library, str(port)]
-            return stack.enter_context(Client(command, log=public_path / f"client-{count}.log", stdin=subprocess.PIPE))
-
-        yield start
 
 
 class Watching:
@@ -164,7 +118,7 @@ def both_ends(name: str, count: int) -> Counter[tuple[str, str]]:
     return Counter({("CLIENT", f"/{name}"): count, ("SERVER", f"/{name}"): count})
 
 
-def test_containers_of_one_image_share_the_probes(watching: Watching, client, public_path: Path):
+def test_containers_of_one_image_share_the_probes(watching: Watching, tls_client: ClientFactory, public_path: Path):
     """Each has a file system of its own, laid over the same files: probes are on the file below, once, and every
     request is seen once.
     """
@@ -176,7 +130,7 @@ def test_containers_of_one_image_share_the_probes(watching: Watching, client, pu
         merged = public_path / f"merged{number}"
         layers = f"lowerdir={public_path}/lower,upperdir={public_path}/upper{number},workdir={public_path}/work{number}"
         script = f'mount -t overlay -o {layers} overlay {merged} && exec "$@"'
-        containers.append(client(merged / OWN, watching.port, ("unshare", "-m", "sh", "-c", script, "sh")))
+        containers.append(tls_client(merged / OWN, watching.port, ("unshare", "-m", "sh", "-c", script, "sh")))
     for number, container in enumerate(containers):
         container.ask("/early")
         if number == 0:
@@ -197,7 +151,9 @@ def resident_bytes(tracing: AgentProcess) -> int:
     return int(fields["VmRSS"].split()[0]) * 1024
 
 
-def test_a_thousand_starts_and_ends_leave_nothing(watching: Watching, program: Path, client, public_path: Path):
+def test_a_thousand_starts_and_ends_leave_nothing(
+    watching: Watching, tls_any: Path, tls_client: ClientFactory, public_path: Path
+):
     """Of programs that make one request, or end within their handshake; every tenth has a library of its own, which is
     removed while it runs.
     """
@@ -205,7 +161,7 @@ def test_a_thousand_starts_and_ends_leave_nothing(watching: Watching, program: P
 
     def run(library: Path, lines: str) -> None:
         done = subprocess.run(
-            [program, library, str(watching.port)], input=lines.encode(), capture_output=True, timeout=60
+            [tls_any, library, str(watching.port)], input=lines.encode(), capture_output=True, timeout=60
         )
         assert (done.returncode, done.stderr) == (0, b"")
 
@@ -231,16 +187,16 @@ def test_a_thousand_starts_and_ends_leave_nothing(watching: Watching, program: P
     attached = watching.attached
     assert attached > 2, watching.tracing.state()
     # It is as good as new.
-    late = client(copy_of_library(public_path / "late"), watching.port)
+    late = tls_client(copy_of_library(public_path / "late"), watching.port)
     late.ask("/early")
     watching.wait_for_attached(attached + 1)
     late.ask("/late")
     assert watching.asked("late") == both_ends("late", 1)
 
 
-def test_500_processes_share_the_probes_of_a_library(watching: Watching, client, public_path: Path):
+def test_500_processes_share_the_probes_of_a_library(watching: Watching, tls_client: ClientFactory, public_path: Path):
     """At the same time, each with a connection of its own: every request is seen from both ends."""
-    parent = client(copy_of_library(public_path / "shared"), watching.port)
+    parent = tls_client(copy_of_library(public_path / "shared"), watching.port)
     parent.ask("/early")
     watching.wait_for_attached(1)
     probes = watching.probes
@@ -251,17 +207,17 @@ def test_500_processes_share_the_probes_of_a_library(watching: Watching, client,
     watching.assert_nothing_left()
 
 
-def test_a_library_is_replaced_by_an_upgrade(watching: Watching, client, public_path: Path):
+def test_a_library_is_replaced_by_an_upgrade(watching: Watching, tls_client: ClientFactory, public_path: Path):
     """As package managers do it: by renaming another file over it. Who runs the old one goes on being seen, and its
     probes go with the last of them; who starts later is seen by the new one.
     """
     library = copy_of_library(public_path / "library")
-    older = client(library, watching.port)
+    older = tls_client(library, watching.port)
     older.ask("/early")
     watching.wait_for_attached(1)
     probes = watching.probes
     copy_of_library(public_path / "upgrade").rename(library)
-    newer = client(library, watching.port)
+    newer = tls_client(library, watching.port)
     newer.ask("/early")
     watching.wait_for_attached(2)
     watching.wait_for_files(2)
@@ -278,7 +234,7 @@ def test_a_library_is_replaced_by_an_upgrade(watching: Watching, client, public_
     watching.assert_nothing_left()
 
 
-def test_a_container_whose_file_system_is_read_only(watching: Watching, client, public_path: Path):
+def test_a_container_whose_file_system_is_read_only(watching: Watching, tls_client: ClientFactory, public_path: Path):
     """Nothing of it can be written, and its library is where no other process sees it."""
     inside = public_path / "inside"
     inside.mkdir()
@@ -286,7 +242,7 @@ def test_a_container_whose_file_system_is_read_only(watching: Watching, client, 
 mount -t tmpfs tmpfs {inside} && cp {OPENSSL} {inside}/{OWN} && mount -o remount,ro {inside} &&
 mount -o remount,ro,bind / && ! touch {inside}/new {public_path}/new 2>&- && exec "$@"
 """
-    contained = client(inside / OWN, watching.port, ("unshare", "-m", "sh", "-c", script, "sh"))
+    contained = tls_client(inside / OWN, watching.port, ("unshare", "-m", "sh", "-c", script, "sh"))
     contained.ask("/early")
     watching.wait_for_attached(1)
     assert not list(inside.iterdir())
@@ -296,7 +252,7 @@ mount -o remount,ro,bind / && ! touch {inside}/new {public_path}/new 2>&- && exe
     watching.assert_nothing_left()
 
 
-def test_a_process_that_has_ended_when_it_is_looked_at(watching: Watching, program: Path, public_path: Path):
+def test_a_process_that_has_ended_when_it_is_looked_at(watching: Watching, tls_any: Path, public_path: Path):
     """The agent is told of it, and is held up until it is gone: that is counted, and nothing is left."""
     gone = "spanloom_tls_unseen_processes_total{reason=gone}"
     before = watching.tracing.metrics().get(gone, 0)
@@ -304,7 +260,7 @@ def test_a_process_that_has_ended_when_it_is_looked_at(watching: Watching, progr
     try:
         for number in range(5):
             library = copy_of_library(public_path / f"library-{number}")
-            subprocess.run([program, library, str(watching.port)], input=b"leave\n", check=True, timeout=60)
+            subprocess.run([tls_any, library, str(watching.port)], input=b"leave\n", check=True, timeout=60)
             shutil.rmtree(library.parent)
     finally:
         os.kill(watching.tracing.pid, signal.SIGCONT)
