@@ -1342,8 +1342,9 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	bool response;
 
 	if (connection && connection->tls) {
-		on_tls_records(connection->sock, egress);
-		return;
+		if (!on_tls_records(connection->sock, egress))
+			return;
+		connection = 0;
 	}
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {
