@@ -3,13 +3,15 @@
 In: the processes that the kernel says use TLS, and at the start all that run. Out: probes on each file, once however
 many processes use it; what cannot be watched is logged and counted. One thread does all of it, as reading a process's
 memory map and attaching take milliseconds that the records must not wait for. Never: raises out of that thread, keeps
-a descriptor of a process, holds more than ``MAX_FILES`` files or ``MAX_WAITING`` processes that wait.
+a descriptor of a process, holds more than ``MAX_FILES`` files or ``MAX_WAITING`` processes that wait, leaves no
+descriptors to the rest of the agent.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import resource
 import threading
 import time
 from collections import Counter
@@ -27,6 +29,11 @@ _log = logging.getLogger("spanloom.tls")
 
 MAX_FILES = 256
 """Files that are watched at a time; more are refused, and counted."""
+MAX_DESCRIPTORS = 65536
+"""The limit of open files is raised to this, where that is allowed. Many systems begin with 1024."""
+OTHER_DESCRIPTORS = 256
+"""These are not for probes but for all else that the agent opens."""
+DESCRIPTORS_PER_PROBE = 2
 MAX_REFUSED = 4096
 """Files that are remembered as not to be watched; of more, the oldest is tried again."""
 MAX_WAITING = 4096
@@ -53,6 +60,15 @@ class Probes(Protocol):
     def announce_tls(self, wanted: bool) -> None: ...
 
 
+def raise_descriptor_limit() -> int:
+    """Raise the process's own limit of open files as far as it may. Returns how many probes there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(0, wanted - OTHER_DESCRIPTORS) // DESCRIPTORS_PER_PROBE
+
+
 class _Watched:
     def __init__(self, name: str, links: list[Any], returns: int) -> None:
         self.name = name
@@ -66,13 +82,15 @@ class TlsWatch:
     """The watched files. ``start()`` and ``stop()`` may be called in turns; the rest is for any thread.
 
     ``idle_seconds``: how long a file that nobody runs any more stays watched. Programs that run for a moment (curl)
-    come back, and attaching anew would miss their first request.
+    come back, and attaching anew would miss their first request. ``max_probes``: on all files together.
 
     For metrics: ``files`` that are watched; ``attached`` and ``detached`` count them; ``refused`` counts files that
     could not be, ``unseen`` processes whose TLS is not seen, both by reason.
     """
 
-    def __init__(self, probes: Probes, libraries: Libraries, own_tgid: int, idle_seconds: float) -> None:
+    def __init__(
+        self, probes: Probes, libraries: Libraries, own_tgid: int, idle_seconds: float, max_probes: int
+    ) -> None:
         self.idle_seconds = idle_seconds
         self.attached = 0
         self.detached = 0
@@ -81,6 +99,7 @@ class TlsWatch:
         self._probes = probes
         self._libraries = libraries
         self._own_tgid = own_tgid
+        self._max_probes = max_probes
         self._watched: dict[Identity, _Watched] = {}
         self._refused_files: dict[Identity, str] = {}
         self._logged: dict[tuple[str, str], int] = {}
@@ -270,7 +289,8 @@ class TlsWatch:
             reason = self._refused_files.get(library.identity, "")
             if reason:
                 return reason
-            if len(self._watched) >= MAX_FILES:
+            probes = sum(len(one.links) for one in self._watched.values()) + _probes_on(library)
+            if len(self._watched) >= MAX_FILES or probes > self._max_probes:
                 self.refused["too_many"] += 1
                 return "too_many"
             try:
@@ -359,6 +379,10 @@ class TlsWatch:
                 service=info.service_name,
                 reason=reason,
             )
+
+
+def _probes_on(library: Library) -> int:
+    return len(_ends(library)) + sum(function.program not in _GO_RETURNS for function in library.functions)
 
 
 def _has_returns(library: Library) -> bool:

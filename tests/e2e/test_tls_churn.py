@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 
 from tests.collector import CollectedSpan
-from tests.e2e.harness import AgentProcess, free_port, show, wait_until
+from tests.e2e import servers
+from tests.e2e.harness import AgentProcess, curl, free_port, show, wait_until
 from tests.e2e.test_tls import nginx, open_files, wait_for_libraries
 from tests.e2e.tls_any import ClientFactory
 
@@ -265,8 +266,47 @@ def test_a_process_that_has_ended_when_it_is_looked_at(watching: Watching, tls_a
     finally:
         os.kill(watching.tracing.pid, signal.SIGCONT)
     wait_until(
-        lambda: watching.tracing.metrics().get(gone, 0) == before + 5,
+        lambda: watching.tracing.metrics().get(gone, 0) >= before + 5,
         lambda: f"they are counted{watching.tracing.state()}",
     )
     assert watching.attached == 0
     watching.assert_nothing_left()
+
+
+@pytest.mark.parametrize(("limits", "all_fit"), [("128:4096", True), ("340:340", False)])
+def test_a_limit_of_open_files(
+    limits: str,
+    all_fit: bool,
+    collector,
+    serve,
+    tls_client: ClientFactory,
+    public_path: Path,
+    pem: Path,
+    tmp_path: Path,
+):
+    """The soft one is raised, and where the hard one is low, too, probes leave to the rest of the agent what it needs:
+    what cannot be watched for that is counted.
+    """
+    port, plain = free_port(), free_port()
+    serve(nginx(port, public_path, pem, extra="location / { return 200 hello; }"), port)
+    serve(servers.python_threads(plain, public_path), plain)
+    with AgentProcess(tmp_path, collector, [port, plain], within=("prlimit", f"--nofile={limits}")) as tracing:
+        wait_for_libraries(tracing)
+        clients = [tls_client(copy_of_library(public_path / f"{number}"), port) for number in range(16)]
+        for client in clients:
+            client.ask("/early")
+        too_many = "spanloom_tls_unseen_processes_total{reason=too_many}"
+        attached = f'"event":"tls_attached","library":"{OWN}"'
+        wait_until(
+            lambda: tracing.stderr().count(attached) + tracing.metrics().get(too_many, 0) >= 16,
+            lambda: f"all are looked at{tracing.state()}",
+        )
+        count = tracing.stderr().count(attached)
+        assert count == 16 if all_fit else 0 < count < 16, tracing.state()
+        for client in clients:
+            client.ask("/later")
+        assert curl(f"http://127.0.0.1:{plain}/status/200").returncode == 0
+        tracing.exact_spans(2, port=plain)
+        tracing.settle()
+        later = [span for span in tracing.spans(port) if "/later" in str(span.attributes)]
+        assert Counter(span.kind for span in later) == {"CLIENT": count, "SERVER": 16}, show(later)

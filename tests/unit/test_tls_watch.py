@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import resource
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -130,7 +133,7 @@ def process(tgid: int, language: str = "") -> ProcessInfo:
 class Bench:
     def __init__(self) -> None:
         self.probes, self.libraries = Probes(), Libraries()
-        self.watch = TlsWatch(self.probes, self.libraries, own_tgid=1, idle_seconds=0)
+        self.watch = TlsWatch(self.probes, self.libraries, own_tgid=1, idle_seconds=0, max_probes=1000)
 
     def start(self) -> None:
         self.watch.start()
@@ -298,6 +301,36 @@ def test_more_files_than_the_bound_are_refused(bench: Bench, monkeypatch: pytest
     bench.libraries.mapped = {10: [1, 2, 3, 4]}
     bench.start()
     assert (bench.watch.files, bench.watch.refused) == (2, {"too_many": 2})
+
+
+def test_more_probes_than_the_bound_are_refused(bench: Bench):
+    """Files whose probes do not fit any more, whatever others may fit; and counted."""
+    bench.watch._max_probes = 12
+    bench.libraries.mapped = {10: [1, 2, 3]}
+    bench.libraries.go = {11: ""}
+    bench.start()
+    wait_until(lambda: bench.watch.refused["too_many"] == 2)
+    assert (bench.watch.files, len(bench.probes.links)) == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("soft", "hard", "raised", "probes"),
+    [(100, 100, 100, 0), (100, 1256, 1256, 500), (300, 300, 300, 22), (1024, 2**20, 65536, 32640)],
+)
+def test_the_limit_of_open_files(soft: int, hard: int, raised: int, probes: int):
+    """It is raised as far as it may be, and what others need is not for probes."""
+    program = f"""
+import resource
+from agent.tls_watch import raise_descriptor_limit
+resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}))
+print(raise_descriptor_limit(), *resource.getrlimit(resource.RLIMIT_NOFILE))
+"""
+    hardest = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    if hardest != resource.RLIM_INFINITY and hard > hardest:
+        hard, raised = hardest, min(hardest, 65536)
+        program, probes = program.replace(str(2**20), str(hardest)), (raised - 256) // 2
+    told = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert told.stdout.split() == [str(probes), str(raised), str(hard)], told.stderr
 
 
 def test_off_and_on_and_off_again(bench: Bench):
