@@ -157,7 +157,7 @@ class Libraries:
             return False
         try:
             status = os.fstat(fd)
-            known_as = (*identity_of(fd), status.st_size, status.st_mtime_ns)
+            known_as = (status.st_dev, *identity_of(fd), status.st_size, status.st_mtime_ns)
             found = self._switching.get(known_as)
             if found is None:
                 found = bool(function_offsets(lambda offset, count: os.pread(fd, count, offset), _STACK_SWITCHING))
@@ -229,8 +229,9 @@ class Libraries:
         try:
             status = os.fstat(fd)
             identity = identity_of(fd)
-            # The same file may have been changed in its place since it was looked at.
-            known_as = (*identity, status.st_size, status.st_mtime_ns)
+            # The same file may have been changed in its place since it was looked at. Where functions lie is believed
+            # of no other device: a file system that a user made may say of its files what it likes.
+            known_as = (status.st_dev, *identity, status.st_size, status.st_mtime_ns)
             found = self._known.get(known_as)
             if found is None:
                 found = (find or self._functions)(lambda offset, count: os.pread(fd, count, offset))
