@@ -101,6 +101,7 @@ class TlsWatch:
         self._own_tgid = own_tgid
         self._max_probes = max_probes
         self._watched: dict[Identity, _Watched] = {}
+        self._leaving: dict[Identity, _Watched] = {}  # nobody uses them: their probes are taken off one by one
         self._refused_files: dict[Identity, str] = {}
         self._logged: dict[tuple[str, str], int] = {}
         self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
@@ -112,7 +113,7 @@ class TlsWatch:
 
     @property
     def files(self) -> int:
-        return len(self._watched)
+        return len(self._watched) + len(self._leaving)
 
     def start(self) -> None:
         """Begin soon, in a thread: loading the probes takes a second or two. ``has_begun`` is set when that is over."""
@@ -192,7 +193,7 @@ class TlsWatch:
 
     def _take_back(self) -> None:
         self._probes.announce_tls(False)
-        self._release(*self._watched)
+        self._release(*self._watched, *self._leaving)
         self._probes.unwatch(self._canary)
         self._canary = []
         while self._drop_one():
@@ -206,6 +207,8 @@ class TlsWatch:
             try:
                 if survey is not None and self._waiting.empty():
                     survey = self._survey(survey)
+                elif self._leaving and self._waiting.empty():
+                    self._take_one_back()
                 else:
                     told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
                     if told is None:
@@ -280,7 +283,7 @@ class TlsWatch:
         self._refused_files[library.identity] = reason
         self.refused[reason] += 1
         event(_log, "tls_refused", level=logging.WARNING, library=library.name, reason=reason, message=message)
-        if library.identity in self._watched:
+        if library.identity in self._watched or library.identity in self._leaving:
             self._release(library.identity)
 
     def _watch(self, library: Library, tgid: int) -> str:
@@ -289,8 +292,11 @@ class TlsWatch:
             reason = self._refused_files.get(library.identity, "")
             if reason:
                 return reason
-            probes = sum(len(one.links) for one in self._watched.values()) + _probes_on(library)
-            if len(self._watched) >= MAX_FILES or probes > self._max_probes:
+            if library.identity in self._leaving:
+                self._release(library.identity)  # with two probes on a function each call would be seen twice
+            probes = sum(len(one.links) for one in (*self._watched.values(), *self._leaving.values()))
+            probes += _probes_on(library)
+            if self.files >= MAX_FILES or probes > self._max_probes:
                 self.refused["too_many"] += 1
                 return "too_many"
             try:
@@ -300,7 +306,7 @@ class TlsWatch:
                 return "attach"
             watched = self._watched[library.identity] = _Watched(library.name, links, len(_ends(library)))
             self.attached += 1
-            self._probes.count_watched(len(self._watched))
+            self._probes.count_watched(self.files)
             event(_log, "tls_attached", library=library.name, functions=len(library.functions), pid=tgid)
         watched.unused_since = None
         if len(watched.users) < MAX_USERS:
@@ -324,7 +330,7 @@ class TlsWatch:
         return links
 
     def _look_for_users(self) -> None:
-        """Let go of files that nobody has run for ``idle_seconds``, all at once: each alone would take a second."""
+        """Let go of files that nobody has run for ``idle_seconds``."""
         now = time.monotonic()
         unused = set()
         for identity, watched in self._watched.items():
@@ -347,18 +353,31 @@ class TlsWatch:
                 unused.discard(identity)
                 self._watched[identity].users.add(tgid)
                 self._watched[identity].unused_since = None
-        self._release(*unused)
+        for identity in unused:
+            self._leaving[identity] = self._watched.pop(identity)
+
+    def _take_one_back(self) -> None:
+        """One probe of a file that is let go. The kernel takes 0.1 s for each, and whoever begins to use TLS meanwhile
+        must not wait for hundreds of them.
+        """
+        identity, watched = next(iter(self._leaving.items()))
+        self._probes.unwatch([watched.links.pop()])  # beginnings first, see _release()
+        if not watched.links:
+            del self._leaving[identity]
+            self._count_detached(watched)
 
     def _release(self, *identities: Identity) -> None:
-        released = [self._watched[identity] for identity in identities]
+        """Take all their probes back now."""
+        released = [self._watched.pop(one, None) or self._leaving.pop(one) for one in identities]
         # A return whose call's beginning was not seen is ignored; a beginning without a return is held for a call that
         # goes on. So beginnings go first.
         self._probes.unwatch(link for watched in released for link in watched.links[watched.returns :])
         self._probes.unwatch(link for watched in released for link in watched.links[: watched.returns])
-        for identity in identities:
-            del self._watched[identity]
+        self._count_detached(*released)
+
+    def _count_detached(self, *released: _Watched) -> None:
         self.detached += len(released)
-        self._probes.count_watched(len(self._watched))
+        self._probes.count_watched(self.files)
         for watched in released:
             event(_log, "tls_detached", library=watched.name)
 

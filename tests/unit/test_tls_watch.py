@@ -6,6 +6,7 @@ import os
 import resource
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 
@@ -33,7 +34,7 @@ class Probes:
     def __init__(self) -> None:
         self.links: list[tuple[str, int, bool]] = []
         self.taken_back: list[tuple[str, int, bool]] = []
-        self.waits = 0
+        self.holds: threading.Semaphore | None = None  # it is waited for each time that something is taken back
         self.refuses: SpanloomError | None = None
         self.refuses_all: SpanloomError | None = None
         self.watched = 0
@@ -56,10 +57,11 @@ class Probes:
         return link
 
     def unwatch(self, links: Iterable[tuple[str, int, bool]]) -> None:
-        self.waits += 1
         for link in links:
             self.links.remove(link)
             self.taken_back.append(link)
+            if self.holds is not None:
+                self.holds.acquire(timeout=20)
 
     def count_watched(self, files: int) -> None:
         self.watched = files
@@ -143,9 +145,11 @@ class Bench:
         self.watch.look_at(process(tgid, language), notice)
 
     def look(self) -> None:
-        """Twice: a file that has no users is let go when it still has none."""
+        """Twice: a file that has no users is let go when it still has none. Then its probes go."""
         self.watch._look_for_users()
         self.watch._look_for_users()
+        while self.watch._leaving:
+            self.watch._take_one_back()
 
 
 @pytest.fixture
@@ -206,13 +210,40 @@ def test_a_file_is_let_go_with_its_last_user(bench: Bench):
     assert (bench.watch.files, bench.watch.detached, bench.probes.links) == (0, 1, [])
 
 
-def test_files_are_let_go_together(bench: Bench):
-    """However many lose their last user, the kernel is waited for twice: for the beginnings and for the ends."""
-    bench.libraries.mapped = {10: list(range(50)), 11: [7]}
+def test_who_uses_tls_does_not_wait_for_files_that_are_let_go(bench: Bench):
+    """Their probes go one by one, while nobody waits: beginnings first."""
+    bench.libraries.mapped = {10: list(range(50))}
+    bench.start()
+    bench.libraries.mapped = {11: [60]}
+    taking = bench.probes.holds = threading.Semaphore(0)
+    bench.watch._look_for_users()
+    bench.watch._look_for_users()
+    bench.tell(11)
+    wait_until(lambda: bench.watch.attached == 51 and bench.probes.taken_back)
+    bench.libraries.mapped[12] = [61]
+    bench.tell(12)
+    taking.release()
+    wait_until(lambda: bench.watch.attached == 52)
+    assert len(bench.probes.taken_back) <= 2
+    taking.release(1000)
+    wait_until(lambda: bench.watch.detached == 50)
+    assert bench.watch.files == 2
+    assert [is_return for *_, is_return in bench.probes.taken_back] == [False, False, False, True, True] * 50
+
+
+def test_a_file_that_is_used_again_while_it_is_let_go(bench: Bench):
+    """It is never watched twice."""
+    bench.libraries.mapped = {10: [5]}
     bench.start()
     del bench.libraries.mapped[10]
-    bench.look()
-    assert (bench.watch.files, bench.watch.detached, bench.probes.waits) == (1, 49, 2)
+    bench.watch._look_for_users()
+    bench.watch._look_for_users()
+    bench.watch._take_one_back()
+    assert (bench.watch.files, len(bench.probes.links)) == (1, 4)
+    bench.libraries.mapped[11] = [5]
+    bench.tell(11)
+    wait_until(lambda: bench.watch.attached == 2)
+    assert (bench.watch.files, bench.watch.detached, len(bench.probes.links)) == (1, 1, 5)
 
 
 def test_one_process_that_switches_stacks_keeps_probes_off(bench: Bench):
@@ -372,7 +403,7 @@ def test_go_programs_are_watched_from_the_start_without_return_probes(bench: Ben
     wait_until(lambda: bench.watch._waiting.empty())
     bench.libraries.go.clear()
     bench.look()
-    assert [link[0] for link in bench.probes.taken_back][2:] == ["on_go_read_return", "on_go_write_return"]
+    assert {link[0] for link in bench.probes.taken_back[2:]} == {"on_go_read_return", "on_go_write_return"}
     assert not bench.watch.refused
 
 
