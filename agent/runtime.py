@@ -40,7 +40,7 @@ from agent.sampling import Sampler
 from agent.stitch import Stitcher
 from agent.telemetry import Telemetry, configure_logging, event
 from agent.tls_libraries import Libraries
-from agent.tls_watch import TlsWatch
+from agent.tls_watch import TlsWatch, raise_descriptor_limit
 
 _log = logging.getLogger("spanloom.runtime")
 
@@ -140,7 +140,9 @@ class Agent:
             hold_spans=config.stitching.hold_spans,
             announce_open_ns=int((config.capture.announce_open_seconds or 0) * 1e9),
         )
-        self.tls = TlsWatch(self.capture, Libraries(), os.getpid(), config.capture.tls_idle_seconds)
+        self.tls = TlsWatch(
+            self.capture, Libraries(), os.getpid(), config.capture.tls_idle_seconds, raise_descriptor_limit()
+        )
         self.hold = Hold(hold_ns=int(config.kubernetes.wait_seconds * 1e9))
         self.batcher: Batcher | None = None
         self.not_exported = NotExported()

@@ -17,11 +17,14 @@ from pathlib import Path
 import msgspec
 
 from agent.elf import ReadAt, function_offsets, read_layout
+from agent.file_identity import Identity, identity_of
 from agent.go_binary import GoUnseenError, crypto_tls_calls
 from agent.process import ProcessInfo, language_of_elf
 
 _MAPS_BYTES = 1024 * 1024
 _KNOWN_FILES = 4096
+_MAPPINGS = 64
+"""Of one process that are looked at: a real one has a handful."""
 _LIBRARY = re.compile(rb"/lib(?:ssl|boringssl|gnutls|node)(?=[^/\n]*+$)[^/\n]*?\.so")
 
 FAMILIES: tuple[dict[str, str], ...] = (
@@ -55,8 +58,6 @@ _STACK_SWITCHING = ("__crystal_main", "bthread_start_background", "co_resume", "
 """Functions that tell the same of an executable: Crystal's runtime, brpc, libco, vibe.d."""
 
 _STAYS_ON_ITS_STACK = re.compile(r"nginx|apache2|httpd|haproxy|node|curl|wget|(?:python|pypy)[\d.]*")
-
-Identity = tuple[object, ...]
 
 
 class Function(msgspec.Struct, frozen=True):
@@ -156,7 +157,7 @@ class Libraries:
             return False
         try:
             status = os.fstat(fd)
-            known_as = (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns)
+            known_as = (status.st_dev, *identity_of(fd), status.st_size, status.st_mtime_ns)
             found = self._switching.get(known_as)
             if found is None:
                 found = bool(function_offsets(lambda offset, count: os.pread(fd, count, offset), _STACK_SWITCHING))
@@ -169,12 +170,11 @@ class Libraries:
         finally:
             os.close(fd)
 
-    def maps(self, tgid: int, identity: Identity) -> bool:
-        """Whether the process still runs that file."""
-        if _identity(_open(f"{self._proc_root}/{tgid}/exe")) == identity:
-            return True
-        mapped = self._mapped(tgid) or ()
-        return any(_identity(self._open_mapped(tgid, mapping)) == identity for mapping in mapped)
+    def files(self, tgid: int) -> set[Identity]:
+        """What the process runs: its executable, and whatever is named like a TLS library."""
+        found = {_identity(_open(f"{self._proc_root}/{tgid}/exe"))}
+        found.update(_identity(self._open_mapped(tgid, mapping)) for mapping in self._mapped(tgid) or ())
+        return {identity for identity in found if identity is not None}
 
     def _map_lines(self, tgid: int) -> list[bytes] | None:
         """The process's memory map. None: nothing is mapped, the process has ended."""
@@ -188,7 +188,7 @@ class Libraries:
         return bytes(data).splitlines() or None
 
     def _mapped(self, tgid: int) -> list[_Mapping] | None:
-        """The mappings of code whose name is that of a TLS library, or None."""
+        """The first ``_MAPPINGS`` mappings of code whose name is that of a TLS library, or None."""
         lines = self._map_lines(tgid)
         if lines is None:
             return None
@@ -201,6 +201,8 @@ class Libraries:
                     span = f"{int(start, 16):x}-{int(end, 16):x}"
                     path = fields[5].removesuffix(b" (deleted)").decode("utf-8", "surrogateescape")
                     found.append(_Mapping(span, int(fields[4]), path))
+                    if len(found) == _MAPPINGS:
+                        break
         return found
 
     def _open_mapped(self, tgid: int, mapping: _Mapping) -> int | None:
@@ -226,9 +228,10 @@ class Libraries:
         library = None
         try:
             status = os.fstat(fd)
-            identity = status.st_dev, status.st_ino
-            # The same file may have been changed in its place since it was looked at.
-            known_as = (*identity, status.st_size, status.st_mtime_ns)
+            identity = identity_of(fd)
+            # The same file may have been changed in its place since it was looked at. Where functions lie is believed
+            # of no other device: a file system that a user made may say of its files what it likes.
+            known_as = (status.st_dev, *identity, status.st_size, status.st_mtime_ns)
             found = self._known.get(known_as)
             if found is None:
                 found = (find or self._functions)(lambda offset, count: os.pread(fd, count, offset))
@@ -298,8 +301,7 @@ def _identity(fd: int | None) -> Identity | None:
     if fd is None:
         return None
     try:
-        status = os.fstat(fd)
-        return status.st_dev, status.st_ino
+        return identity_of(fd)
     finally:
         os.close(fd)
 

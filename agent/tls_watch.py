@@ -3,13 +3,15 @@
 In: the processes that the kernel says use TLS, and at the start all that run. Out: probes on each file, once however
 many processes use it; what cannot be watched is logged and counted. One thread does all of it, as reading a process's
 memory map and attaching take milliseconds that the records must not wait for. Never: raises out of that thread, keeps
-a descriptor of a process, holds more than ``MAX_FILES`` files or ``MAX_WAITING`` processes that wait.
+a descriptor of a process, holds more than ``MAX_FILES`` files or ``MAX_WAITING`` processes that wait, leaves no
+descriptors to the rest of the agent.
 """
 
 from __future__ import annotations
 
 import logging
 import queue
+import resource
 import threading
 import time
 from collections import Counter
@@ -17,15 +19,21 @@ from collections.abc import Iterable, Iterator
 from typing import Any, Protocol
 
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
+from agent.file_identity import Identity
 from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.telemetry import event
-from agent.tls_libraries import Identity, Libraries, Library, why_unseen
+from agent.tls_libraries import Libraries, Library, why_unseen
 
 _log = logging.getLogger("spanloom.tls")
 
 MAX_FILES = 256
 """Files that are watched at a time; more are refused, and counted."""
+MAX_DESCRIPTORS = 65536
+"""The limit of open files is raised to this, where that is allowed. Many systems begin with 1024."""
+OTHER_DESCRIPTORS = 256
+"""These are not for probes but for all else that the agent opens."""
+DESCRIPTORS_PER_PROBE = 2
 MAX_REFUSED = 4096
 """Files that are remembered as not to be watched; of more, the oldest is tried again."""
 MAX_WAITING = 4096
@@ -52,6 +60,15 @@ class Probes(Protocol):
     def announce_tls(self, wanted: bool) -> None: ...
 
 
+def raise_descriptor_limit() -> int:
+    """Raise the process's own limit of open files as far as it may. Returns how many probes there is room for."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_DESCRIPTORS if hard == resource.RLIM_INFINITY else min(hard, MAX_DESCRIPTORS)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    return max(0, wanted - OTHER_DESCRIPTORS) // DESCRIPTORS_PER_PROBE
+
+
 class _Watched:
     def __init__(self, name: str, links: list[Any], returns: int) -> None:
         self.name = name
@@ -65,13 +82,15 @@ class TlsWatch:
     """The watched files. ``start()`` and ``stop()`` may be called in turns; the rest is for any thread.
 
     ``idle_seconds``: how long a file that nobody runs any more stays watched. Programs that run for a moment (curl)
-    come back, and attaching anew would miss their first request.
+    come back, and attaching anew would miss their first request. ``max_probes``: on all files together.
 
     For metrics: ``files`` that are watched; ``attached`` and ``detached`` count them; ``refused`` counts files that
     could not be, ``unseen`` processes whose TLS is not seen, both by reason.
     """
 
-    def __init__(self, probes: Probes, libraries: Libraries, own_tgid: int, idle_seconds: float) -> None:
+    def __init__(
+        self, probes: Probes, libraries: Libraries, own_tgid: int, idle_seconds: float, max_probes: int
+    ) -> None:
         self.idle_seconds = idle_seconds
         self.attached = 0
         self.detached = 0
@@ -80,7 +99,9 @@ class TlsWatch:
         self._probes = probes
         self._libraries = libraries
         self._own_tgid = own_tgid
+        self._max_probes = max_probes
         self._watched: dict[Identity, _Watched] = {}
+        self._leaving: dict[Identity, _Watched] = {}  # nobody uses them: their probes are taken off one by one
         self._refused_files: dict[Identity, str] = {}
         self._logged: dict[tuple[str, str], int] = {}
         self._waiting: queue.Queue[tuple[ProcessInfo, int] | None] = queue.Queue(MAX_WAITING)
@@ -92,7 +113,7 @@ class TlsWatch:
 
     @property
     def files(self) -> int:
-        return len(self._watched)
+        return len(self._watched) + len(self._leaving)
 
     def start(self) -> None:
         """Begin soon, in a thread: loading the probes takes a second or two. ``has_begun`` is set when that is over."""
@@ -172,7 +193,7 @@ class TlsWatch:
 
     def _take_back(self) -> None:
         self._probes.announce_tls(False)
-        self._release(*self._watched)
+        self._release(*self._watched, *self._leaving)
         self._probes.unwatch(self._canary)
         self._canary = []
         while self._drop_one():
@@ -186,6 +207,8 @@ class TlsWatch:
             try:
                 if survey is not None and self._waiting.empty():
                     survey = self._survey(survey)
+                elif self._leaving and self._waiting.empty():
+                    self._take_one_back()
                 else:
                     told = self._waiting.get(timeout=max(0.0, look_at - time.monotonic()))
                     if told is None:
@@ -226,8 +249,11 @@ class TlsWatch:
             elif executable is not None:
                 found.append(executable)
         if not found:
-            # The executable of a process that has ended meanwhile cannot be read any more.
-            self._report(info, "gone" if self._libraries.shared(tgid) is None else why_unseen(info))
+            # The executable of a process that has ended cannot be read; one that goes on may have loaded more.
+            found = self._libraries.shared(tgid)
+            if not found:
+                self._report(info, "gone" if found is None else why_unseen(info))
+                return
         is_unsafe = notice == TlsNotice.OTHER_STACK
         for library in found:
             reason = self._use(library, tgid, is_unsafe)
@@ -257,7 +283,7 @@ class TlsWatch:
         self._refused_files[library.identity] = reason
         self.refused[reason] += 1
         event(_log, "tls_refused", level=logging.WARNING, library=library.name, reason=reason, message=message)
-        if library.identity in self._watched:
+        if library.identity in self._watched or library.identity in self._leaving:
             self._release(library.identity)
 
     def _watch(self, library: Library, tgid: int) -> str:
@@ -266,7 +292,11 @@ class TlsWatch:
             reason = self._refused_files.get(library.identity, "")
             if reason:
                 return reason
-            if len(self._watched) >= MAX_FILES:
+            if library.identity in self._leaving:
+                self._release(library.identity)  # with two probes on a function each call would be seen twice
+            probes = sum(len(one.links) for one in (*self._watched.values(), *self._leaving.values()))
+            probes += _probes_on(library)
+            if self.files >= MAX_FILES or probes > self._max_probes:
                 self.refused["too_many"] += 1
                 return "too_many"
             try:
@@ -276,7 +306,7 @@ class TlsWatch:
                 return "attach"
             watched = self._watched[library.identity] = _Watched(library.name, links, len(_ends(library)))
             self.attached += 1
-            self._probes.count_watched(len(self._watched))
+            self._probes.count_watched(self.files)
             event(_log, "tls_attached", library=library.name, functions=len(library.functions), pid=tgid)
         watched.unused_since = None
         if len(watched.users) < MAX_USERS:
@@ -302,10 +332,11 @@ class TlsWatch:
     def _look_for_users(self) -> None:
         """Let go of files that nobody has run for ``idle_seconds``."""
         now = time.monotonic()
-        for identity, watched in list(self._watched.items()):
+        unused = set()
+        for identity, watched in self._watched.items():
             while watched.users:
                 tgid = next(iter(watched.users))
-                if self._libraries.maps(tgid, identity):
+                if identity in self._libraries.files(tgid):
                     break
                 watched.users.discard(tgid)
             if watched.users:
@@ -313,26 +344,40 @@ class TlsWatch:
             if watched.unused_since is None:
                 watched.unused_since = now
             elif now - watched.unused_since >= self.idle_seconds:
-                # Before it goes, all processes are asked: one may have it and never have been told of.
-                for tgid in self._libraries.processes():
-                    if tgid != self._own_tgid and self._libraries.maps(tgid, identity):
-                        watched.users.add(tgid)
-                        break
-                if not watched.users:
-                    self._release(identity)
-                else:
-                    watched.unused_since = None
+                unused.add(identity)
+        if not unused:
+            return
+        # Before they go, all processes are asked: one may run a file and never have been told of.
+        for tgid in self._libraries.processes():
+            for identity in unused & self._libraries.files(tgid) if tgid != self._own_tgid else ():
+                unused.discard(identity)
+                self._watched[identity].users.add(tgid)
+                self._watched[identity].unused_since = None
+        for identity in unused:
+            self._leaving[identity] = self._watched.pop(identity)
+
+    def _take_one_back(self) -> None:
+        """One probe of a file that is let go. The kernel takes 0.1 s for each, and whoever begins to use TLS meanwhile
+        must not wait for hundreds of them.
+        """
+        identity, watched = next(iter(self._leaving.items()))
+        self._probes.unwatch([watched.links.pop()])  # beginnings first, see _release()
+        if not watched.links:
+            del self._leaving[identity]
+            self._count_detached(watched)
 
     def _release(self, *identities: Identity) -> None:
-        released = [self._watched[identity] for identity in identities]
+        """Take all their probes back now."""
+        released = [self._watched.pop(one, None) or self._leaving.pop(one) for one in identities]
         # A return whose call's beginning was not seen is ignored; a beginning without a return is held for a call that
         # goes on. So beginnings go first.
         self._probes.unwatch(link for watched in released for link in watched.links[watched.returns :])
         self._probes.unwatch(link for watched in released for link in watched.links[: watched.returns])
-        for identity in identities:
-            del self._watched[identity]
+        self._count_detached(*released)
+
+    def _count_detached(self, *released: _Watched) -> None:
         self.detached += len(released)
-        self._probes.count_watched(len(self._watched))
+        self._probes.count_watched(self.files)
         for watched in released:
             event(_log, "tls_detached", library=watched.name)
 
@@ -353,6 +398,10 @@ class TlsWatch:
                 service=info.service_name,
                 reason=reason,
             )
+
+
+def _probes_on(library: Library) -> int:
+    return len(_ends(library)) + sum(function.program not in _GO_RETURNS for function in library.functions)
 
 
 def _has_returns(library: Library) -> bool:

@@ -1349,18 +1349,21 @@ static __always_inline void remember_endpoint(struct connection *connection)
 
 /* tls.bpf.h: TLS records went through a socket, or are about to. */
 __noinline int on_tls_records(__u64 sock, __u64 egress);
-/* The same for a connection that is known to carry TLS. Nearly always they are moved within a call for its own object. */
-static __always_inline void on_tls_bytes(const struct connection *connection, bool egress, __u64 pid_tgid)
+/* The same for a connection that is known to carry TLS. Nearly always they are moved within a call for its own object.
+ * Returns true when it has ended, and the bytes are those of another one.
+ */
+static __always_inline bool on_tls_bytes(const struct connection *connection, bool egress, __u64 pid_tgid)
 {
 	__u32 tid = pid_tgid, tgid = pid_tgid >> 32;
 	struct tls_thread *thread = bpf_map_lookup_elem(&tls_threads, &tid);
 
 	if (thread && thread->tgid == tgid && thread->object && thread->object == connection->tls_object &&
 	    connection->tls_tgid == tgid && !thread->assumed_sock &&
-	    (!thread->sock || thread->sock == connection->sock))
+	    (!thread->sock || thread->sock == connection->sock)) {
 		thread->sock = connection->sock;
-	else
-		on_tls_records(connection->sock, egress);
+		return false;
+	}
+	return on_tls_records(connection->sock, egress);
 }
 
 /* tls.bpf.h: a thread waits for events. */
@@ -1493,8 +1496,9 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	bool response;
 
 	if (connection && connection->tls) {
-		on_tls_bytes(connection, egress, pid_tgid);
-		return;
+		if (!on_tls_bytes(connection, egress, pid_tgid))
+			return;
+		connection = 0;
 	}
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&
 	    !(socket ? same_ports(sock, &connection->exchange) : same_ports_trusted(sock, &connection->exchange))) {

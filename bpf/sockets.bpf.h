@@ -115,6 +115,12 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		return 0; /* what sendfile, splice and kTLS pass on */
 	transfer.length = message->msg_iter.count;
 	connection = connection_of(sock);
+	if (connection && connection->tls) {
+		send->offered = transfer.length;
+		if (!on_tls_bytes(connection, true, pid_tgid))
+			return 0; /* what they are need not be looked at */
+		connection = 0;
+	}
 	if (!connection) {
 		if (!is_captured(pid_tgid, &process)) {
 			send->offered = transfer.length;
@@ -124,10 +130,6 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 			return 0; /* the reads of io_uring are not seen: half an exchange would be a lie */
 	}
 	send->offered = transfer.length;
-	if (connection && connection->tls) {
-		on_tls_bytes(connection, true, pid_tgid); /* what they are need not be looked at */
-		return 0;
-	}
 	if (connection && connection->mode == MODE_IGNORED && !connection->passed_over)
 		return 0;
 	if (kind == bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
@@ -215,12 +217,13 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 		return 0;
 	pid_tgid = bpf_get_current_pid_tgid();
 	connection = connection_of(sock);
+	if (connection && connection->tls) {
+		if (!on_tls_bytes(connection, false, pid_tgid))
+			return 0;
+		connection = 0;
+	}
 	if (!connection && !is_captured(pid_tgid, &process))
 		return 0;
-	if (connection && connection->tls) {
-		on_tls_bytes(connection, false, pid_tgid);
-		return 0;
-	}
 	regs = call_of(bpf_get_current_task_btf());
 	if (!regs)
 		return 0;

@@ -202,7 +202,9 @@ __noinline int on_tls_wait(__u64 tid)
 	return 0;
 }
 
-/* Global for the reason given at absorb_iovecs(): it is called wherever bytes are moved. */
+/* Returns 1 when the connection that was known to carry TLS has ended, and the bytes are those of another one, else 0.
+ * Global for the reason given at absorb_iovecs(): it is called wherever bytes are moved.
+ */
 __noinline int on_tls_records(__u64 sock, __u64 egress)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
@@ -213,7 +215,7 @@ __noinline int on_tls_records(__u64 sock, __u64 egress)
 
 	if (connection && !same_ports((struct sock *)sock, &connection->exchange)) {
 		end_recycled(sock);
-		connection = 0;
+		return 1;
 	}
 	if (!connection || !connection->tls_object) {
 		/* Before its library is watched is the best time to learn that it must not be. */

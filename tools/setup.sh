@@ -27,6 +27,28 @@ install_packages() {
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $packages >/dev/null
 }
 
+# The version of OpenSSL that Debian has left with bullseye, for the tests of TLS. Its files are kept in a cache
+# (SPANLOOM_CACHE, else ~/.cache/spanloom); the packages of this machine and where they come from stay as they are.
+fetch_openssl_1_1() {
+	kept=${SPANLOOM_CACHE:-$HOME/.cache/spanloom}/openssl-1.1
+	[ ! -e "$kept" ] || return 0
+	mirror=$(cat /etc/apt/sources.list /etc/apt/sources.list.d/* 2>/dev/null |
+		sed -nE '/^ *#/d; s,.*(https?://[^ ]*/debian)/?( .*|$),\1,p' | head -n 1)
+	[ -n "$mirror" ] || { say "no Debian mirror in /etc/apt, which OpenSSL 1.1 is fetched from"; exit 1; }
+	say "fetching OpenSSL 1.1 into $kept"
+	mkdir -p "$(dirname "$kept")"
+	scratch=$(mktemp -d "$kept.XXXXXX")
+	mkdir -p "$scratch/state/lists/partial" "$scratch/cache/archives/partial" "$scratch/files"
+	echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror bullseye main" >"$scratch/sources.list"
+	set -- -qq -o Dir::Etc::SourceList="$scratch/sources.list" -o Dir::Etc::SourceParts=/dev/null \
+		-o Dir::State="$scratch/state" -o Dir::Cache="$scratch/cache" -o APT::Sandbox::User=root
+	apt-get "$@" update
+	(cd "$scratch" && apt-get "$@" download libssl1.1)
+	dpkg -x "$scratch"/libssl1.1_*.deb "$scratch/files"
+	mv "$scratch/files" "$kept"
+	rm -rf "$scratch"
+}
+
 case $stage in
 base)
 	need_command clang clang
@@ -59,7 +81,9 @@ test)
 	need_command nghttp nghttp2-client
 	need_command h2load nghttp2-client
 	need_command nghttpd nghttp2-server
+	need_file "/usr/lib/$(uname -m)-linux-gnu/android/libssl.so.0" android-libboringssl
 	install_packages
+	fetch_openssl_1_1
 	say "installing the test tools into .venv"
 	.venv/bin/python -m pip install -q --disable-pip-version-check --no-build-isolation -e '.[test]'
 	;;

@@ -249,7 +249,8 @@ class Capture:
     def unwatch(self, links: Iterable[Any]) -> None:
         """Take back what ``watch_call`` attached.
 
-        The kernel waits for a grace period per probe, some 100 ms: all of them wait for the same ones.
+        The kernel waits for a grace period per probe, some 100 ms. Newer ones hold a lock meanwhile: the threads wait
+        for each other (seen with 6.18).
         """
         links = list(links)
         if links:

@@ -22,6 +22,7 @@ from tests.e2e.cluster import api, containers, in_cluster  # noqa: F401 - fixtur
 from tests.e2e.edge import Edge, edge_of
 from tests.e2e.harness import AgentFailedError, AgentProcess, Process, clean_environment, wait_until
 from tests.e2e.servers import Server
+from tests.e2e.tls_any import tls_any, tls_client  # noqa: F401 - fixtures
 
 _HERE = Path(__file__).parent
 

@@ -571,3 +571,25 @@ def test_what_is_no_http_over_tls_is_left_alone(tls_agent, start, public_path: P
     assert done.returncode == 0, done.stderr
     books = tracing.settle()
     assert (books.begun, books.dropped) == (0, {})
+
+
+def test_connections_in_the_clear_behind_such_over_tls(tls_agent, serve, tls_any: Path, public_path: Path, pem: Path):
+    """The kernel gives a new connection the memory of one that has just ended: what is sent on it is not TLS."""
+    port, plain = free_port(), free_port()
+    serve(servers.python_threads(plain, public_path), plain)
+    library = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
+    serve(Server(arguments=[tls_any, library, str(port), pem], executable="tls_any", language=""), port)
+    tracing = tls_agent([port, plain])
+    wait_for_libraries(tracing)
+    context = ssl.create_default_context(cafile=pem)
+    for number in range(30):
+        with context.wrap_socket(socket.create_connection(("127.0.0.1", port), 30), server_hostname="localhost") as tls:
+            tls.sendall(f"GET /secure?id={number} HTTP/1.1\r\nHost: localhost:{port}\r\n\r\n".encode())
+            assert tls.recv(65536).startswith(b"HTTP/1.1 200")
+            assert not tls.recv(65536)
+            with contextlib.suppress(OSError):
+                tls.unwrap()  # the other end has closed, and resets the connection
+        with socket.create_connection(("127.0.0.1", plain), 30) as clear:
+            clear.sendall(f"GET /status/200?id={number} HTTP/1.1\r\nHost: localhost:{plain}\r\n\r\n".encode())
+            assert clear.recv(65536).startswith(b"HTTP/1.1 200")
+    assert_pairs(tracing.exact_spans(60, port=plain), 30)

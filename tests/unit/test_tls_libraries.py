@@ -89,6 +89,20 @@ def test_a_process_that_has_ended_has_no_answer(processes: Processes, tmp_path: 
     assert names(Libraries(tmp_path), 99) is None
 
 
+def test_no_more_than_a_bound_is_opened_of_one_process(processes: Processes, tmp_path: Path):
+    """Whatever it has mapped: the agent's descriptors are limited."""
+    copies = []
+    for number in range(100):
+        copies.append(tmp_path / f"libssl.so.{number}")
+        copies[-1].symlink_to(OPENSSL)
+    own = tmp_path / "libssl.so.own"
+    own.write_bytes(OPENSSL.read_bytes())
+    processes.add(7, *copies[:63], own)
+    processes.add(8, *copies, own)
+    assert names(Libraries(tmp_path), 7) == ["libssl.so.0", own.name]
+    assert names(Libraries(tmp_path), 8) == ["libssl.so.0"]
+
+
 def test_no_descriptor_is_left(processes: Processes, tmp_path: Path):
     """Whatever is looked at is closed."""
     processes.add(7, OPENSSL, OPENSSL)
@@ -96,7 +110,7 @@ def test_no_descriptor_is_left(processes: Processes, tmp_path: Path):
     before = len(os.listdir("/proc/self/fd"))
     for _ in range(5):
         names(libraries, 7)
-        libraries.maps(7, (1, 1))
+        libraries.files(7)
         libraries.executable(7)
         libraries.switches_stacks(7)
     assert len(os.listdir("/proc/self/fd")) == before
