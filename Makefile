@@ -75,8 +75,8 @@ lock: .venv/.ready ## pin the Python packages of the image anew
 image: ## build the container image with docker or buildah
 	tools/image.sh
 
-vm: setup ## load the probes in a stock kernel under QEMU (root): KERNEL=5.10, 6.1, 6.12 or sid
-	$(PYTHON) tools/vm.py $(or $(KERNEL),5.10)
+vm: setup ## load the probes in a stock kernel under QEMU (root): KERNEL=5.10, 6.1, 6.12 or sid, ARGS=--counted
+	$(PYTHON) tools/vm.py $(or $(KERNEL),5.10) $(ARGS)
 
 real: setup .venv/.test-ready ## the chart and the agent with a real API server and a real Jaeger (root, Go)
 	$(PYTHON) tools/real.py $(ARGS)

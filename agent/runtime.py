@@ -343,6 +343,8 @@ class Agent:
             self.telemetry.start(self.config.telemetry.listen)
         if self.config.capture.enabled:
             self._attach()
+        else:
+            self.capture.detach()  # some programs were attached to see whether they may be
         self._started = True
         if self.cluster is not None:
             self.cluster.start()
@@ -352,7 +354,13 @@ class Agent:
         self._attached = True
         if self.config.capture.tls:
             self.tls.start()
-        event(_log, "probes_attached", backend=self.capture.backend, programs=len(self.capture.statistics()))
+        event(
+            _log,
+            "probes_attached",
+            backend=self.capture.backend,
+            hooks=self.capture.hooks,
+            programs=len(self.capture.statistics()),
+        )
 
     def _detach(self) -> None:
         """Take the probes away, with what they were seeing; what has ended is reported as ever."""

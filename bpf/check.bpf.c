@@ -25,7 +25,7 @@ int BPF_PROG(check_tp_btf, struct pt_regs *regs, long number)
 }
 
 /* Why: the way in of the socket backend, which needs them all: sockets.bpf.h says what each is for, and since when it
- * exists. SOCKET_TRACEPOINTS of agent/kernel/capture.py has the same names.
+ * exists. SOCKET_TRACEPOINTS of agent/kernel/backends.py has the same names.
  */
 #define SOCKET_TRACEPOINT(name)                                                                                        \
 	SEC("tp_btf/" #name)                                                                                           \

@@ -130,7 +130,96 @@ static __always_inline __u64 user_stack(void)
 	return CALL_STACK((syscall_regs *)bpf_task_pt_regs((struct task_struct *)bpf_get_current_task_btf()));
 }
 
-#define FDTABLE_FIELD(table, field) (HAS_TASK_BTF ? (table)->field : BPF_CORE_READ(table, field))
+/* A field of the current task, or of what its fields lead to. */
+#define TASK_FIELD(object, field) (HAS_TASK_BTF ? (object)->field : BPF_CORE_READ(object, field))
+
+static __always_inline struct task_struct *current_task(void)
+{
+	return HAS_TASK_BTF ? (struct task_struct *)bpf_get_current_task_btf() :
+			      (struct task_struct *)bpf_get_current_task();
+}
+
+/* The registers of the system call that a thread is in. bpf_task_pt_regs is there since 5.15 (commit dd6e10fbd9fb); before
+ * that they are found at the end of the stack and read as plain memory. This is needed on x86-64 only: on arm64 functions
+ * cannot be followed before 6.4 (commit 2aa6ac03516d). A stack of another size, as KASAN makes them, does not end in the
+ * code segment of user space: no call is seen then.
+ */
+#define HAS_TASK_REGS bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_task_pt_regs)
+
+#if defined(__TARGET_ARCH_x86)
+#define STACK_BYTES 16384 /* THREAD_SIZE, arch/x86/include/asm/page_64_types.h */
+#define USER_CODE_SEGMENT 0x33 /* __USER_CS, arch/x86/include/asm/segment.h */
+#define CALL_REGISTER(regs, which)                                                                                     \
+	({                                                                                                             \
+		__u64 _value = 0;                                                                                      \
+		if (HAS_TASK_REGS)                                                                                     \
+			_value = which(regs);                                                                          \
+		else                                                                                                   \
+			bpf_probe_read_kernel(&_value, sizeof(_value), &which(regs));                                  \
+		_value;                                                                                                \
+	})
+
+static __always_inline syscall_regs *registers_of(struct task_struct *task)
+{
+	if (HAS_TASK_REGS)
+		return (void *)bpf_task_pt_regs(task);
+	return TASK_FIELD(task, stack) + STACK_BYTES - bpf_core_type_size(syscall_regs);
+}
+
+static __always_inline bool is_native_call(syscall_regs *regs)
+{
+	return HAS_TASK_REGS ? !SYSCALL_IS_COMPAT(regs) : BPF_CORE_READ(regs, cs) == USER_CODE_SEGMENT;
+}
+#else
+#define CALL_REGISTER(regs, which) which(regs)
+
+static __always_inline syscall_regs *registers_of(struct task_struct *task)
+{
+	return (void *)bpf_task_pt_regs(task);
+}
+
+static __always_inline bool is_native_call(syscall_regs *regs)
+{
+	return !SYSCALL_IS_COMPAT(regs);
+}
+#endif
+
+/* What an iterator leads to. Its kind is a number since 5.14 (commit 8cd54c1c8480), and was one bit of several in `type`
+ * before; ITER_UBUF came with 6.0 (commit fcb14cb1bdac), and moved to the front later.
+ */
+#define HAS_ITER_TYPE bpf_core_field_exists(struct iov_iter, iter_type)
+#define IS_ITER(iter, kind)                                                                                            \
+	(bpf_core_enum_value_exists(enum iter_type, kind) &&                                                           \
+	 (HAS_ITER_TYPE ? (iter)->iter_type == bpf_core_enum_value(enum iter_type, kind) :                             \
+			  (((struct iov_iter___before *)(iter))->type & bpf_core_enum_value(enum iter_type, kind)) != 0))
+
+/* The address of the one buffer or of the iovecs: they share their place, which has the name `ubuf` since 6.0 (commit
+ * fcb14cb1bdac).
+ */
+static __always_inline __u64 iterated(const struct iov_iter *iter)
+{
+	if (bpf_core_field_exists(iter->ubuf))
+		return (__u64)BPF_CORE_READ(iter, ubuf);
+	return (__u64)BPF_CORE_READ((const struct iov_iter___before *)iter, iov);
+}
+
+/* What tcp_recvmsg returns, and its flags. It lost the argument before them in 5.19 (commit ec095263a965); a program is
+ * told how many there are since 5.17 (commit f92c1e183604).
+ */
+static __always_inline int received(unsigned long long *context, int *flags)
+{
+	__u64 result = 0, argument = 0;
+
+	if (!bpf_core_enum_value_exists(enum bpf_func_id, BPF_FUNC_get_func_arg_cnt)) {
+		/* Volatile, or one load does for both branches, at an address that the verifier cannot know. */
+		*flags = *(volatile unsigned long long *)&context[4];
+		return *(volatile unsigned long long *)&context[6];
+	}
+	bpf_get_func_arg(context, bpf_get_func_arg_cnt(context) - 2, &argument);
+	bpf_get_func_ret(context, &result);
+	*flags = argument;
+	return result;
+}
 
 /* Keeps the compiler from merging or reordering what the verifier must see as one bounded register. */
 #define opaque(variable) asm volatile("" : "+r"(variable))

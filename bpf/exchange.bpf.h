@@ -145,6 +145,7 @@ static __always_inline __u32 copy_piece(struct connection *connection, __u32 lim
 {
 	__u64 offset = unfollowed(connection->data_length);
 	__u64 piece, at;
+	__u8 *to;
 
 	if (offset >= limit)
 		return 0;
@@ -156,9 +157,11 @@ static __always_inline __u32 copy_piece(struct connection *connection, __u32 lim
 	/* Bounds next to their use, of values that live no longer: kernels before 6.8 forget those of what is put aside. */
 	at = offset;
 	opaque(at);
+	if (at >= request_cap + response_cap)
+		return 0;
+	to = connection->data + at;
 	opaque(piece);
-	if (at >= request_cap + response_cap || piece > COPY_SLACK ||
-	    bpf_probe_read_user(connection->data + at, piece, (void *)buffer))
+	if (piece > COPY_SLACK || bpf_probe_read_user(to, piece, (void *)buffer))
 		return 0;
 	connection->data_length = offset + piece;
 	return piece;

@@ -99,6 +99,7 @@ enum cgroup_subsys_id {
 
 struct task_struct {
 	unsigned int flags;
+	void *stack;
 	struct css_set *cgroups;
 	int pid;
 	int tgid;
@@ -174,14 +175,25 @@ struct iov_iter {
 	unsigned long nr_segs;
 };
 
+/* As it was: compat.bpf.h says until when. */
+struct iov_iter___before {
+	unsigned int type;
+	const void *iov;
+};
+
 enum iter_type {
 	ITER_UBUF, /* since 6.0, commit fcb14cb1bdac */
 	ITER_IOVEC,
+	ITER_BVEC,
 };
 
 struct msghdr {
 	struct iov_iter msg_iter;
+	unsigned int msg_flags;
 };
+
+struct page;
+struct pipe_inode_info;
 
 struct bpf_iter_meta {
 	__u64 seq_num;
@@ -246,5 +258,6 @@ struct user_mmsghdr {
 #define MSG_PEEK 0x2
 #define MSG_TRUNC 0x20
 #define MSG_ERRQUEUE 0x2000
+#define MSG_FASTOPEN 0x20000000
 
 #endif

@@ -17,9 +17,9 @@ static __always_inline struct socket *socket_of_fd(__u32 fd, struct sock **sock)
 	struct file **files, *file = 0;
 	struct socket *socket;
 
-	if (!table || fd >= FDTABLE_FIELD(table, max_fds))
+	if (!table || fd >= TASK_FIELD(table, max_fds))
 		return 0;
-	files = FDTABLE_FIELD(table, fd);
+	files = TASK_FIELD(table, fd);
 	if (bpf_probe_read_kernel(&file, sizeof(file), files + fd) || !file)
 		return 0;
 	socket = BPF_CORE_READ(file, private_data);

@@ -7,18 +7,7 @@
 #ifndef SPANLOOM_SOCKETS_BPF_H
 #define SPANLOOM_SOCKETS_BPF_H
 
-#include "transfer.bpf.h"
-
-/* What the current thread asked of the kernel, or 0: kernel threads, and 32-bit tasks, whose calls are others. */
-static __always_inline syscall_regs *call_of(struct task_struct *task)
-{
-	syscall_regs *regs;
-
-	if (task->flags & PF_KTHREAD)
-		return 0;
-	regs = (void *)bpf_task_pt_regs(task);
-	return SYSCALL_IS_COMPAT(regs) ? 0 : regs;
-}
+#include "calls.bpf.h"
 
 /* Bytes that are read into several messages at once are found in the first message only, and nothing tells which one
  * has just been read. Where something may begin it is the first one: had it been read before, by this call, the
@@ -67,24 +56,6 @@ static __always_inline bool is_internet_tcp(struct sock *sock)
 	       (sock->__sk_common.skc_family == AF_INET || sock->__sk_common.skc_family == AF_INET6);
 }
 
-/* A send of the thread itself, in a system call that is not io_uring's. */
-static __always_inline bool is_write_call(struct task_struct *task)
-{
-	syscall_regs *regs = call_of(task);
-
-	if (!regs)
-		return false;
-	switch (SYSCALL_NR(regs)) {
-	case NR_write:
-	case NR_sendto:
-	case NR_writev:
-	case NR_sendmsg:
-	case NR_sendmmsg:
-		return true;
-	}
-	return false;
-}
-
 #define NOT_OFFERED (~0ULL)
 
 /* Why tcp_sendmsg_locked: outgoing bytes are complete in user memory here, and nothing of them has been sent. It is hit
@@ -126,7 +97,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 			send->offered = transfer.length;
 			return 0;
 		}
-		if (!is_write_call(bpf_get_current_task_btf()))
+		if (!is_write_call())
 			return 0; /* the reads of io_uring are not seen: half an exchange would be a lie */
 	}
 	send->offered = transfer.length;
@@ -257,31 +228,6 @@ int BPF_PROG(on_read, struct sock *sock)
 	if (moved && moved < 1U << 31) {
 		connection->received_seq += moved;
 		on_bodiless_bytes(connection, moved, false);
-	}
-	return 0;
-}
-
-/* Why sched_switch: without hooks on system calls this is where a thread is seen to wait for events. */
-SEC("tp_btf/sched_switch")
-int BPF_PROG(on_switch, bool preempted, struct task_struct *previous)
-{
-	syscall_regs *regs;
-
-	if (preempted)
-		return 0;
-	regs = call_of(previous);
-	if (!regs)
-		return 0;
-	switch (SYSCALL_NR(regs)) {
-	case NR_poll:
-	case NR_ppoll:
-		if (SYSCALL_ARG2(regs) <= 2)
-			return 0;
-		/* fall through */
-	case NR_epoll_wait:
-	case NR_epoll_pwait:
-	case NR_epoll_pwait2:
-		on_event_wait((__u64)previous->tgid << 32 | (__u32)previous->pid);
 	}
 	return 0;
 }

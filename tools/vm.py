@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """Boots a stock Debian kernel in QEMU and runs the probes in it: ``tools/vm.py KERNEL`` (5.10, 6.1, 6.12 or sid).
 
-In: the built BPF objects and the agent's kernel stage. Out: what tests/vm/load.py prints there, and its exit code.
+In: the built BPF objects and the agent's kernel stage. Out: what tests/vm/load.py prints there, and its exit code. With
+``--counted`` there is one processor, whose clock counts instructions, and what the backends cost is printed instead.
 Kernels and the root file system are made once and kept in a cache (SPANLOOM_CACHE, else ~/.cache/spanloom); nothing of
 this machine's packages is changed but for the tools that are missing. TCG emulates the processor: no nested
 virtualisation is needed, and a boot takes some seconds.
@@ -178,8 +179,10 @@ def job(path: Path, objects: Path) -> None:
 
 
 def main(arguments: list[str]) -> int:
+    is_counted = "--counted" in arguments
+    arguments = [argument for argument in arguments if argument != "--counted"]
     if len(arguments) not in (1, 2) or arguments[0] not in SUITES:
-        print(f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS]", file=sys.stderr)
+        print(f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS] [--counted]", file=sys.stderr)
         return 2
     objects = Path(arguments[1]) if len(arguments) == 2 else ROOT / "agent/kernel"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -190,10 +193,15 @@ def main(arguments: list[str]) -> int:
     with tempfile.TemporaryDirectory() as folder:
         tape, console = Path(folder) / "job.tar", Path(folder) / "console"
         job(tape, objects)
-        command = ["qemu-system-x86_64", "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", "2048"]
+        command = ["qemu-system-x86_64", "-cpu", "max", "-m", "2048"]
+        if is_counted:
+            command += ["-accel", "tcg,thread=single", "-icount", "shift=0,sleep=off", "-smp", "1"]
+        else:
+            command += ["-accel", "tcg,thread=multi", "-smp", "2"]
         command += ["-nodefaults", "-display", "none", "-no-reboot", "-nic", "none", "-serial", f"file:{console}"]
         command += ["-kernel", str(image), "-initrd", str(initial)]
         command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"]
+        command[-1] += " spanloom.counted" * is_counted
         command += ["-drive", f"file={root},if=virtio,format=raw,snapshot=on"]
         command += ["-drive", f"file={tape},if=virtio,format=raw,readonly=on"]
         try:

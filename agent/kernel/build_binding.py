@@ -65,7 +65,7 @@ struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, const ch
                                            bool is_return);
 int spanloom_canary_under_filter(void);
 long spanloom_btf_types(const char *path);
-int spanloom_missing_types(const char *const *names, int count);
+int spanloom_missing_types(const char *const *names, const uint32_t *kinds, int count);
 long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
@@ -406,14 +406,14 @@ static long spanloom_btf_types(const char *path)
     return count;
 }
 
-/* The index of the first typedef that the running kernel's BTF has not, such as the btf_trace_* that tracepoints leave
- * behind; -1 when it has all. */
-static int spanloom_missing_types(const char *const *names, int count)
+/* The index of the first type that the running kernel's BTF has not, such as the typedefs btf_trace_* that tracepoints
+ * leave behind; -1 when it has all. */
+static int spanloom_missing_types(const char *const *names, const uint32_t *kinds, int count)
 {
     struct btf *btf = btf__load_vmlinux_btf();
     int index = 0;
 
-    while (btf && index < count && btf__find_by_name_kind(btf, names[index], BTF_KIND_TYPEDEF) > 0)
+    while (btf && index < count && btf__find_by_name_kind(btf, names[index], kinds[index]) > 0)
         index++;
     btf__free(btf);
     return index < count ? index : -1;

@@ -12,7 +12,6 @@ import time
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from errno import EACCES, EPERM
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from agent.elf import function_offsets
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
 from agent.kernel import _libbpf
 from agent.kernel._libbpf import ffi, lib
+from agent.kernel.backends import PROGRAMS, Way, no_sockets, ways
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
 from agent.kernel.refusals import LOAD, Machine, explain, unmet, unreadable
 
@@ -38,11 +38,6 @@ _ZERO_AT_FIRST = frozenset(
 
 _BPF_EXIST = 2  # linux/bpf.h: change an entry, make none
 _COMMON = ("on_sock_state", "on_process_exit", "on_process_exec")
-_BACKENDS = {
-    "syscalls": ("on_sys_enter", "on_sys_exit"),
-    "sockets": ("on_send", "on_sent", "on_received", "on_read", "on_switch"),
-}
-
 TLS_PROGRAMS = (
     "on_tls_read",
     "on_tls_read_ex",
@@ -64,7 +59,7 @@ class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What the programs are loaded with. Sizes in bytes; ports are the server's; empty ``include`` selects all.
 
     ``backend``: where the programs listen. "syscalls" works everywhere, "sockets" is cheaper and needs tracepoints of
-    Linux 6.16, "auto" takes the cheaper one that this kernel has.
+    Linux 6.16 or fentry, "auto" takes the cheaper one that this kernel has.
     """
 
     backend: str = "auto"
@@ -99,15 +94,18 @@ def object_path() -> Path:
 class Capture:
     """The loaded and attached programs. Use as a context manager; everything is released at the end.
 
+    ``backend`` is what was chosen, ``hooks`` where its programs are attached, ``reasons`` why nothing cheaper is.
     Raises PrivilegeError, KernelUnsupportedError or TracingRefusedError when loading or attaching is impossible.
     """
 
     def __init__(self, settings: CaptureSettings, path: Path | None = None) -> None:
-        self._links: list = []
+        self._links: dict[str, Any] = {}
+        self._way: Way | None = None
         self._object = ffi.NULL
         self._tls_object = ffi.NULL
         self._drain = ffi.NULL
         self._iter_link = ffi.NULL
+        self._capturing = ffi.NULL
         lib.spanloom_log_reset()
         path = path or object_path()
         if not path.exists():
@@ -121,33 +119,9 @@ class Capture:
     def _open(self, settings: CaptureSettings, path: Path) -> None:
         if (error := unmet(Machine.this())) is not None:
             raise error
-        self._object = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
-        if self._object == ffi.NULL:
-            raise unreadable(ffi.errno, path.name, _libbpf_log())
-        self.layout = WireLayout.from_descriptions(self._describe)
-        process = parse_struct("process", self._describe("process"))
-        if process.fields != ("start_ns", "state", "served", "tls_told"):
-            raise LayoutMismatchError(f"struct process has {process.fields}")
-        self._process = process.codec
-        states = {
-            "PROCESS_UNKNOWN": PROCESS_UNKNOWN,
-            "PROCESS_TRACED": PROCESS_TRACED,
-            "PROCESS_IGNORED": PROCESS_IGNORED,
-        }
-        if parse_enum(self._describe("process_state")) != states:
-            raise LayoutMismatchError(f"enum process_state differs from {states}")
-        self._configure(settings)
-        self.backend = choose_backend(settings.backend)
-        self._programs = (*_BACKENDS[self.backend], *_COMMON)
-        for backend, names in _BACKENDS.items():
-            for name in names:
-                lib.bpf_program__set_autoload(self._program(name), backend == self.backend)
-        for name in TLS_PROGRAMS:
-            lib.bpf_program__set_autoload(self._program(name), False)
         self._path = path
-        code = -lib.bpf_object__load(self._object)
-        if code:
-            raise _refusal(code, LOAD)
+        self._way = self._load_best(settings)
+        self.backend, self.hooks = self._way.backend, self._way.hooks
         self._maps = {name: lib.bpf_map__fd(self._map(name)) for name in ("processes", "counters", "connections")}
         self._settings: dict[str, Any] = {}
         self._ports: dict[int, int] = {}
@@ -165,17 +139,63 @@ class Capture:
         self._offsets = ffi.new("uint32_t[]", BATCH_SLOTS)
         self._cpus = lib.libbpf_num_possible_cpus()
 
+    def _load_best(self, settings: CaptureSettings) -> Way:
+        """Load the first way that the kernel lets load, and attach it where only that tells whether it may be."""
+        possible, self.reasons = ways(settings.backend)
+        for way in possible:
+            try:
+                self._load(way, settings)
+                if not way.is_certain:
+                    self._attach(way.programs)
+                return way
+            except SpanloomError as error:
+                if way.is_certain:
+                    raise
+                self.reasons.append(f"by {way.hooks} {error}")
+                self._unload()
+        raise no_sockets(self.reasons)
+
+    def _load(self, way: Way, settings: CaptureSettings) -> None:
+        self._object = lib.bpf_object__open_file(str(self._path).encode(), ffi.NULL)
+        if self._object == ffi.NULL:
+            raise unreadable(ffi.errno, self._path.name, _libbpf_log())
+        self.layout = WireLayout.from_descriptions(self._describe)
+        process = parse_struct("process", self._describe("process"))
+        if process.fields != ("start_ns", "state", "served", "tls_told"):
+            raise LayoutMismatchError(f"struct process has {process.fields}")
+        self._process = process.codec
+        states = {
+            "PROCESS_UNKNOWN": PROCESS_UNKNOWN,
+            "PROCESS_TRACED": PROCESS_TRACED,
+            "PROCESS_IGNORED": PROCESS_IGNORED,
+        }
+        if parse_enum(self._describe("process_state")) != states:
+            raise LayoutMismatchError(f"enum process_state differs from {states}")
+        self._configure(settings)
+        for name in PROGRAMS:
+            lib.bpf_program__set_autoload(self._program(name), name in way.programs)
+        for name in TLS_PROGRAMS:
+            lib.bpf_program__set_autoload(self._program(name), False)
+        code = -lib.bpf_object__load(self._object)
+        if code:
+            raise _refusal(code, LOAD)
+
+    def _attach(self, names: Iterable[str]) -> None:
+        for name in names:
+            if name in self._links:
+                continue
+            link = lib.bpf_program__attach(self._program(name))
+            if link == ffi.NULL:
+                raise _refusal(ffi.errno, f"attach the probe {name}")
+            self._links[name] = link
+
     def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
         for tgid in ignore_tgids:
             key = ffi.new("uint32_t *", tgid)
             value = ffi.from_buffer(self._process.pack(0, PROCESS_IGNORED, 0, 0))
             self._check(lib.bpf_map_update_elem(self._maps["processes"], key, value, 0))
-        for name in self._programs:
-            link = lib.bpf_program__attach(self._program(name))
-            if link == ffi.NULL:
-                raise _refusal(ffi.errno, f"attach the probe {name}")
-            self._links.append(link)
+        self._attach((*self._way.programs, *_COMMON))
         self._release_sweep()
         self._iter_link = lib.spanloom_attach_map_iter(self._program("sweep"), self._map("connections"))
         if self._iter_link == ffi.NULL:
@@ -193,7 +213,7 @@ class Capture:
         tls = lib.bpf_object__open_file(str(self._path).encode(), ffi.NULL)
         if tls == ffi.NULL:
             raise unreadable(ffi.errno, self._path.name, _libbpf_log())
-        for name in (*chain(*_BACKENDS.values()), *_COMMON, "sweep"):
+        for name in (*PROGRAMS, *_COMMON, "sweep"):
             lib.bpf_program__set_autoload(lib.bpf_object__find_program_by_name(tls, name.encode()), False)
         code = -(lib.spanloom_share_maps(tls, self._object) or lib.bpf_object__load(tls))
         if code:
@@ -345,7 +365,7 @@ class Capture:
         """The kernel's statistics of every program."""
         result = []
         statistics = ffi.new("struct program_statistics *")
-        for name in (*self._programs, "sweep", *(TLS_PROGRAMS if self._tls_object != ffi.NULL else ())):
+        for name in (*self._way.programs, *_COMMON, "sweep", *(TLS_PROGRAMS if self._tls_object != ffi.NULL else ())):
             if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
                 result.append(
                     ProgramStatistics(
@@ -363,11 +383,15 @@ class Capture:
         return lib.bpf_map__fd(self._map(name))
 
     def detach(self) -> None:
-        """Stop capturing; what is in the ring buffer can still be drained."""
-        if self._links:
+        """Stop capturing; what is in the ring buffer can still be drained.
+
+        Programs that could not come back stay where they are until ``close``; they do nothing.
+        """
+        if self._links and self._capturing != ffi.NULL:
             self._capturing[0] = 0
-        while self._links:
-            lib.bpf_link__destroy(self._links.pop())
+        stay = self._way.programs if self._way is not None and self._way.attaches_once else ()
+        for name in [name for name in reversed(self._links) if name not in stay]:
+            lib.bpf_link__destroy(self._links.pop(name))
 
     def forget_connections(self) -> None:
         """Drop what the kernel knows, while detached: it tells nothing of what follows a pause in capturing."""
@@ -397,10 +421,17 @@ class Capture:
         if self._drain != ffi.NULL:
             lib.spanloom_drain_free(self._drain)
             self._drain = ffi.NULL
-        for one in (self._tls_object, self._object):
-            if one != ffi.NULL:
-                lib.bpf_object__close(one)
-        self._tls_object = self._object = ffi.NULL
+        if self._tls_object != ffi.NULL:
+            lib.bpf_object__close(self._tls_object)
+            self._tls_object = ffi.NULL
+        self._unload()
+
+    def _unload(self) -> None:
+        while self._links:
+            lib.bpf_link__destroy(self._links.popitem()[1])
+        if self._object != ffi.NULL:
+            lib.bpf_object__close(self._object)
+            self._object = ffi.NULL
 
     def _release_sweep(self) -> None:
         if self._iter_link != ffi.NULL:
@@ -540,35 +571,6 @@ class Capture:
     def _check(error: int) -> None:
         if error:
             raise _refusal(-error, "prepare the maps")
-
-
-SOCKET_TRACEPOINTS = (
-    "tcp_sendmsg_locked",
-    "sock_send_length",
-    "sock_recv_length",
-    "tcp_rcv_space_adjust",
-    "sched_switch",
-)
-"""What the socket backend listens to; the youngest is tcp_sendmsg_locked (6.16, commit 0f08335ade71)."""
-
-
-def choose_backend(wanted: str) -> str:
-    """Resolve "auto" to "sockets" where the kernel's BTF has all its tracepoints, else to "syscalls".
-
-    Raises KernelUnsupportedError when "sockets" is asked for and one is missing.
-    """
-    if wanted == "syscalls":
-        return wanted
-    names = [ffi.new("char[]", f"btf_trace_{name}".encode()) for name in SOCKET_TRACEPOINTS]
-    missing = lib.spanloom_missing_types(ffi.new("char *[]", names), len(names))
-    if missing < 0:
-        return "sockets"
-    if wanted == "sockets":
-        raise KernelUnsupportedError(
-            f"this kernel has no tracepoint {SOCKET_TRACEPOINTS[missing]}, which kernel.backend=sockets needs "
-            "(Linux 6.16): set kernel.backend to auto"
-        )
-    return "syscalls"
 
 
 def give_memory_back() -> None:

@@ -74,14 +74,14 @@ def report() -> Report:
             detail=finding.detail,
             remedy=_remedy(probe, finding),
         )
-    backend, programs, error = _load_capture()
+    chosen, programs, error = _load_capture()
     checks["capture"] = Result(
         title="capture programs",
         state=YES if error is None else REFUSED if _is_refusal(error) else NO,
         errno="",
         need=REQUIRED,
         purpose="they record the exchanges",
-        detail=str(error) if error is not None else f"backend {backend}; {_verifier_work(programs)}",
+        detail=str(error) if error is not None else f"{chosen}; {_verifier_work(programs)}",
         remedy="" if error is None else "see the message, and the rows above",
     )
     exit_code, verdict = _verdict(checks, error)
@@ -139,7 +139,10 @@ def _paint(check: Result, text: str, colour: bool) -> str:
 def _load_capture() -> tuple[str, list[ProgramStatistics], SpanloomError | None]:
     try:
         with Capture(CaptureSettings()) as capture:
-            return capture.backend, capture.statistics(), None
+            chosen = f"backend {capture.backend} by {capture.hooks}"
+            if capture.reasons:
+                chosen += f", because {', and '.join(capture.reasons)}"
+            return chosen, capture.statistics(), None
     except SpanloomError as error:
         return "", [], error
     except OSError as error:

@@ -21,7 +21,7 @@ import msgspec
 from agent.elf import function_offsets
 from agent.kernel import _libbpf
 from agent.kernel._libbpf import ffi, lib
-from agent.kernel.capture import SOCKET_TRACEPOINTS
+from agent.kernel.backends import SOCKET_TRACEPOINTS
 from agent.kernel.refusals import ENOTSUPP, effective_capabilities
 
 YES, NO, REFUSED = "yes", "no", "refused"
@@ -422,7 +422,7 @@ PROBES: tuple[Probe, ...] = (
         "socket tracepoints",
         NICER,
         "the capture in the socket layer, which costs traced programs less",
-        "a kernel of 6.16 or later; until then system calls are captured instead",
+        "a kernel of 6.16 or later; until then fentry does, or system calls are captured instead",
         _find_socket_tracepoints,
     ),
     Probe(
@@ -474,9 +474,9 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "fentry",
         "fentry",
-        LATER,
-        "the socket layer on kernels without its tracepoints",
-        "a kernel with CONFIG_FUNCTION_TRACER=y; nothing is captured through it yet",
+        NICER,
+        "the capture in the socket layer on kernels without its tracepoints",
+        "a kernel with CONFIG_FUNCTION_TRACER=y, on arm64 6.4 or later",
         _attaches("check_fentry"),
     ),
     Probe(

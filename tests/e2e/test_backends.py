@@ -14,7 +14,10 @@ from pathlib import Path
 import pytest
 
 from agent.errors import KernelUnsupportedError
-from agent.kernel import capture
+from agent.kernel import backends
+from agent.kernel.capture import Capture, CaptureSettings
+from agent.kernel.records import Decoder
+from agent.model import Exchange
 from tests.collector import Collector
 from tests.e2e import servers
 from tests.e2e.edge import Edge, seen
@@ -35,7 +38,7 @@ from tests.e2e.scripted import response as make_response
 def _backends() -> tuple[str, ...]:
     """Those that this kernel has; a kernel without any lets probes_attach fail every test here."""
     try:
-        return "syscalls", capture.choose_backend("sockets")
+        return "syscalls", backends.ways("sockets")[0][0].backend
     except KernelUnsupportedError:
         return ("syscalls",)
 
@@ -73,11 +76,43 @@ def test_the_log_names_the_backend(backend: str, tmp_path: Path, collector: Coll
 
 def test_a_missing_tracepoint(monkeypatch: pytest.MonkeyPatch):
     """Auto falls back; what was asked for by name is refused, with what to do."""
-    monkeypatch.setattr(capture, "SOCKET_TRACEPOINTS", ("sched_switch", "no_such_tracepoint"))
-    assert capture.choose_backend("auto") == "syscalls"
-    assert capture.choose_backend("syscalls") == "syscalls"
-    with pytest.raises(KernelUnsupportedError, match=r"no tracepoint no_such_tracepoint.*set kernel.backend to auto"):
-        capture.choose_backend("sockets")
+    monkeypatch.setattr(backends, "SOCKET_TRACEPOINTS", ("sched_switch", "no_such_tracepoint"))
+    monkeypatch.setattr(backends, "SOCKET_FUNCTIONS", ("tcp_recvmsg", "no_such_function"))
+    found, reasons = backends.ways("auto")
+    assert found == [backends.SYSCALLS]
+    assert reasons == ["this kernel has no tracepoint no_such_tracepoint (Linux 6.16)", "no function no_such_function"]
+    assert backends.ways("syscalls") == ([backends.SYSCALLS], [])
+    with pytest.raises(
+        KernelUnsupportedError, match=r"no_such_tracepoint .*, and no function no_.*set kernel.backend to auto"
+    ):
+        backends.ways("sockets")
+
+
+def test_fentry_is_tried_where_a_tracepoint_is_missing(
+    monkeypatch: pytest.MonkeyPatch, start, serve, public_path: Path
+):
+    """Where the kernel attaches them its programs capture, and elsewhere those on system calls do; it is said why."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    monkeypatch.setattr(backends, "SOCKET_TRACEPOINTS", ("no_such_tracepoint",))
+    monkeypatch.setattr(backends, "preemption", lambda *_: "voluntary")
+    with Capture(CaptureSettings()) as capture:
+        assert "no_such_tracepoint" in capture.reasons[0]
+        if capture.hooks != "fentry":
+            assert (capture.backend, capture.hooks) == ("syscalls", "system calls")
+            assert capture.reasons[1].startswith("by fentry the kernel refuses to ")
+        capture.attach()
+        with connect(port) as connection:
+            send_all(connection, request("/status/200"))
+            receive_head(connection)
+        capture.hasten()
+        wait_until(lambda: {1, 2} <= _roles(capture), "both ends are seen", 10)
+
+
+def _roles(capture: Capture) -> set[int]:
+    capture.sweep()
+    records = Decoder(capture.layout).decode(*capture.drain())
+    return {one.role for one in records if type(one) is Exchange and one.request.startswith(b"GET /status/200 ")}
 
 
 def test_an_unknown_backend(tmp_path: Path, collector: Collector):

@@ -110,7 +110,7 @@ def test_the_rows_agree_with_the_machine(document):
 
 def test_the_row_of_the_socket_backend_agrees_with_what_is_chosen(document):
     """Where its tracepoints can be attached the loader takes it, and elsewhere it does not."""
-    is_chosen = document["checks"]["capture"]["detail"].startswith("backend sockets;")
+    is_chosen = document["checks"]["capture"]["detail"].startswith("backend sockets by tracepoints;")
     assert (document["checks"]["socket_tracepoints"]["state"] == "yes") == is_chosen
 
 

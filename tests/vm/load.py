@@ -1,59 +1,125 @@
 """Runs inside the machines of tools/vm.py, as root: every backend that the kernel has loads, and sees real traffic.
 
-Prints what the verifier had to do, and exits 1 with the reason when a program is refused or an exchange is missing.
+Prints what the verifier had to do, and exits 1 with the reason when a program is refused, an exchange is missing, or
+two backends differ in what they record. Where the clock counts instructions it prints what the backends cost instead.
 """
 
 from __future__ import annotations
 
 import os
-import socket
+import subprocess
 import sys
 import threading
 import time
-import urllib.request
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
 
-from agent.errors import KernelUnsupportedError, SpanloomError
+from agent.errors import SpanloomError
 from agent.kernel.capture import Capture, CaptureSettings
 from agent.kernel.records import Decoder
-from agent.model import ConnectionUpgraded, Exchange, Segment
+from agent.model import ConnectionUpgraded, Exchange, Flag, Segment
+from tests.vm import traffic
 
-REQUESTS = 5
+BACKENDS = ("syscalls", "sockets")
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 ASKS = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n"
 SWITCHES = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
+TALKERS, TALKS = 4, 100
+CALLS, ROUNDS = 500, 2
+PREEMPTION = Path("/sys/kernel/debug/sched/preempt")
+STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Seen(NamedTuple):
+    """One end of an exchange, without what differs from run to run."""
 
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"ok")
+    target: str
+    role: int
+    request_bytes: int
+    response_bytes: int
+    parent: str
+    peer: str
+    flags: int
+    request: bytes
+    response: bytes
+    tail: bytes
 
-    def log_message(self, *_: object) -> None:
-        """Nothing."""
+
+def drained(capture: Capture) -> list[object]:
+    capture.sweep()
+    decoder, found = Decoder(capture.layout), []
+    while True:
+        batch, offsets = capture.drain()
+        if not offsets:
+            return found
+        found += decoder.decode(batch, offsets)
 
 
-def exchanges(backend: str, port: int) -> list[Exchange]:
-    """What a backend records of a few requests; none of them may be missing on either side."""
+def exchanges(backend: str) -> tuple[list[Seen], list[traffic.Expected]]:
+    """What a backend records of exchanges of many kinds, and what it should."""
     with Capture(CaptureSettings(backend=backend)) as capture:
         capture.load_tls()
         work = {one.name: one.verified_instructions for one in capture.statistics()}
         capture.attach()
-        for number in range(REQUESTS):
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/{number}", timeout=30).read()
-        time.sleep(0.5)
-        capture.sweep()
-        batch, offsets = capture.drain()
-        found = [one for one in Decoder(capture.layout).decode(batch, offsets) if type(one) is Exchange]
-        print(f"{os.uname().release} {backend}: {len(found)} exchanges, verified instructions {work}")
-    return found
+        capture.detach()
+        capture.attach()
+        expected = [*traffic.reading_and_writing(), *traffic.large_bodies(), *traffic.parents()]
+        time.sleep(0.1)
+        last = {one.exchange_id: one for one in _last(capture)}
+        counters = {name: count for name, count in capture.counters().items() if count}
+        counters |= {f"missed {one.name}": one.misses for one in capture.statistics() if one.misses}
+        print(f"{os.uname().release} {backend}: by {capture.hooks} {capture.reasons}, verified instructions {work}")
+        print(f"{backend}: {len(last)} exchanges, counters {counters}")
+    targets = {number: one.request.split(b" ")[1].decode() for number, one in last.items()} | {0: ""}
+    own = Flag.FIRST | Flag.PROCESS_UNKNOWN
+    return sorted(
+        Seen(
+            targets[one.exchange_id],
+            one.role,
+            one.request_bytes,
+            one.response_bytes,
+            targets.get(one.parent_id, "?"),
+            targets.get(one.peer_id, "?"),
+            one.flags & ~own,
+            one.request,
+            one.response,
+            one.tail if one.flags & Flag.TAIL_VALID else b"",
+        )
+        for one in last.values()
+    ), expected
 
 
-def frames(backend: str, upgrades: bool) -> str:
+def wrong_exchanges(found: list[Seen], expected: list[traffic.Expected]) -> str:
+    """How the exchanges differ from those that there were; "" when they do not."""
+    wanted = [
+        (one.target, role, one.request_bytes, one.response_bytes, one.parent if role == 2 else "")
+        for one in expected
+        for role in (1, 2)
+    ]
+    return _difference(sorted(wanted), [one[:5] for one in found])
+
+
+def _difference(wanted: list, found: list) -> str:
+    missing, more = [one for one in wanted if one not in found], [one for one in found if one not in wanted]
+    return f"missing {missing}, more {more}" if missing or more or len(wanted) != len(found) else ""
+
+
+def wrong_segments(backend: str) -> str:
+    """What is wrong with the bytes of pipelined requests, seen from both ends."""
+    with Capture(CaptureSettings(backend=backend)) as capture:
+        capture.attach()
+        expected = traffic.pipelined()
+        segments = [one for one in drained(capture) if type(one) is Segment]
+    for role in (1, 2):
+        for direction, wanted in expected.items():
+            mine = [one for one in segments if (one.role, one.direction) == (role, direction)]
+            if b"".join(one.data for one in mine) != wanted:
+                return f"{role} {direction}: {mine}"
+    return ""
+
+
+def wrong_frames(backend: str, upgrades: bool) -> str:
     """What is wrong with what a backend forwards of an HTTP/2 connection, seen from both ends; "" when nothing is.
 
     ``upgrades``: HTTP/1 has asked for it.
@@ -62,20 +128,14 @@ def frames(backend: str, upgrades: bool) -> str:
     sent += frame(0, 1, bytes(20_000)) + frame(1, 1, b"trailers")
     with Capture(CaptureSettings(backend=backend)) as capture:
         capture.attach()
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            client = socket.create_connection(listener.getsockname())
-            server, _ = listener.accept()
-        with client, server:
+        with traffic.pair() as (client, server):
             if upgrades:
                 for sender, receiver, data in ((client, server, ASKS), (server, client, SWITCHES)):
                     sender.sendall(data)
-                    receiver.recv(65536)
+                    traffic.read_all(receiver, len(data))
             client.sendall(sent)
-            received = 0
-            while received < len(sent):
-                received += len(server.recv(65536))
-        batch, offsets = capture.drain()
-        records = Decoder(capture.layout).decode(batch, offsets)
+            traffic.read_all(server, len(sent))
+        records = drained(capture)
     segments = [one for one in records if type(one) is Segment]
     if sum(type(one) is ConnectionUpgraded for one in records) != 2 * upgrades:
         return f"upgrades: {records}"
@@ -93,31 +153,146 @@ def frame(kind: int, stream: int, payload: bytes) -> bytes:
     return len(payload).to_bytes(3, "big") + bytes((kind, 4 * (kind == 1))) + stream.to_bytes(4, "big") + payload
 
 
+def wrong_fast_open() -> str:
+    """What is wrong with requests of TCP fast open: the sockets' backend sees them where they arrive. Where they leave
+    they are counted, and so are their responses.
+    """
+    Path("/proc/sys/net/ipv4/tcp_fastopen").write_text("3")
+    with Capture(CaptureSettings(backend="sockets")) as capture:
+        capture.attach()
+        traffic.fast_open()
+        found = sorted((one.role, one.request.split(b" ")[1].decode()) for one in _last(capture))
+        counted = capture.counters()["ignored_other"]
+    expected = [(1, "/fast/0"), (1, "/fast/1"), (1, "/next/0"), (1, "/next/1"), (2, "/next/0"), (2, "/next/1")]
+    return "" if (found, counted) == (expected, 4) else f"{found}, {counted} counted"
+
+
+def _last(capture: Capture) -> list[Exchange]:
+    """The last record of each exchange."""
+    return list({one.exchange_id: one for one in drained(capture) if type(one) is Exchange}.values())
+
+
+def wrong_crowd(backend: str) -> str:
+    """What is missing when many processes talk at once."""
+    with Capture(CaptureSettings(backend=backend)) as capture:
+        capture.attach()
+        talkers = [subprocess.Popen([sys.executable, "-m", "tests.vm.traffic", str(TALKS)]) for _ in range(TALKERS)]
+        if any(talker.wait() for talker in talkers):
+            return "a process that talks failed"
+        found = len(_last(capture))
+        missed = {one.name: one.misses for one in capture.statistics() if one.misses}
+        return f"{found} exchanges, {missed}" if missed or found != 2 * TALKERS * TALKS else ""
+
+
+def sleep_through_a_detachment(backend: str) -> None:
+    """A thread sleeps in a call that is watched when the probes are taken back. If that is unsafe, the kernel dies."""
+    with traffic.pair() as (client, server):
+        for _ in range(3):
+            reader = threading.Thread(target=traffic.read_all, args=(server, len(traffic.OK)))
+            with Capture(CaptureSettings(backend=backend)) as capture:
+                capture.attach()
+                reader.start()
+                time.sleep(0.2)
+            time.sleep(0.5)
+            client.sendall(traffic.OK)
+            reader.join(20)
+            assert not reader.is_alive()
+
+
+def wrong_choice() -> str:
+    """What is wrong with what "auto" takes where the kernel is preemptible, and where it is not."""
+    with Capture(CaptureSettings()) as capture:
+        found = [(capture.backend, capture.hooks)]
+        print(f"auto: {capture.backend} by {capture.hooks}")
+        if capture.hooks == "tracepoints" or not PREEMPTION.exists():
+            return ""
+    PREEMPTION.write_text("full")
+    with Capture(CaptureSettings()) as capture:
+        found.append((capture.backend, capture.hooks))
+        print(f"auto, preemptible: {capture.backend} by {capture.hooks}: {capture.reasons}")
+    PREEMPTION.write_text("voluntary")
+    return "" if found == [("sockets", "fentry"), ("syscalls", "system calls")] else str(found)
+
+
+def costs() -> Iterator[str]:
+    """A line per backend: the time in its programs per exchange, both ends, and what the process takes for one in all.
+
+    The clock counts instructions (tools/vm.py --counted), which says what is to be done, and not how fast a processor
+    does it: the lines are to be compared with each other only.
+    """
+    sent = traffic.request("/")
+    taken: dict[str, list[float]] = {}
+    with traffic.pair() as (client, server), open(os.devnull) as other:
+        out, into, neither = client.fileno(), server.fileno(), other.fileno()
+
+        def exchanges(count: int) -> None:
+            for _ in range(count):
+                os.write(out, sent)
+                os.read(into, 4096)
+                for _ in range(4):
+                    os.lseek(neither, 0, os.SEEK_SET)
+                os.write(into, traffic.OK)
+                os.read(out, 4096)
+
+        for backend in ("", *BACKENDS) * ROUNDS:
+            capture = Capture(CaptureSettings(backend=backend, ring_buffer_bytes=64 << 20)) if backend else None
+            if capture:
+                capture.attach([])
+            exchanges(CALLS // 10)
+            began = time.process_time_ns()
+            exchanges(CALLS)
+            taken.setdefault(backend, []).append((time.process_time_ns() - began) / CALLS)
+            if capture:
+                STATISTICS.write_text("1")
+                before = {one.name: one for one in capture.statistics()}
+                exchanges(CALLS)
+                after = {one.name: one for one in capture.statistics()}
+                STATISTICS.write_text("0")
+                capture.close()
+                runs = {name: (one.run_count - before[name].run_count) / CALLS for name, one in after.items()}
+                times = {name: (one.run_time_ns - before[name].run_time_ns) / CALLS for name, one in after.items()}
+                shares = ", ".join(
+                    f"{name} {times[name]:.0f} ns in {runs[name]:.1f} runs" for name in runs if runs[name]
+                )
+                yield f"{backend}: {sum(times.values()):.0f} ns of programs per exchange: {shares}"
+    for backend, rounds in taken.items():
+        yield f"{backend or 'neither'}: {min(rounds):.0f} ns in all per exchange"
+
+
 def main() -> int:
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    for backend in ("syscalls", "sockets"):
+    # Whether the kernel is preemptible: what a running system has mounted anyway.
+    subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], check=True)
+    if "spanloom.counted" in Path("/proc/cmdline").read_text().split():
+        for line in costs():
+            print(line)
+        return 0
+    seen: dict[str, list[Seen]] = {}
+    for backend in BACKENDS:
         try:
-            found = exchanges(backend, server.server_port)
-        except KernelUnsupportedError as error:
-            if backend == "sockets" and "has no tracepoint" in str(error):
-                print(f"{os.uname().release} {backend}: {error}")
-                continue
-            print(error)
-            return 1
+            seen[backend], expected = exchanges(backend)
         except SpanloomError as error:
-            print(error)
+            print(f"{backend}: {error}")
             return 1
-        targets = sorted((one.role, one.request.split(b" ")[1]) for one in found)
-        wanted = sorted((role, b"/%d" % number) for role in (1, 2) for number in range(REQUESTS))
-        if targets != wanted or any(not one.response.startswith(b"HTTP/1.1 200") for one in found):
-            print(f"{backend}: {targets}")
+        wrong = wrong_exchanges(seen[backend], expected) or wrong_segments(backend)
+        wrong = wrong or wrong_frames(backend, upgrades=False) or wrong_frames(backend, upgrades=True)
+        if wrong:
+            print(f"{backend}: {wrong}")
             return 1
-        for upgrades in (False, True):
-            if wrong := frames(backend, upgrades):
-                print(f"{backend}: {wrong}")
-                return 1
-        print(f"{backend}: frames of HTTP/2")
+        print(f"{backend}: pipelined requests, frames of HTTP/2")
+        if wrong := wrong_crowd(backend):
+            print(f"{backend}: {wrong}")
+            return 1
+        sleep_through_a_detachment(backend)
+        print(f"{backend}: many processes, sleep through a detachment")
+    if wrong := _difference(seen["syscalls"], seen["sockets"]):
+        print(f"the backends differ: {wrong}")
+        return 1
+    if wrong := wrong_fast_open():
+        print(f"fast open: {wrong}")
+        return 1
+    if wrong := wrong_choice():
+        print(f"auto: {wrong}")
+        return 1
     return 0
 
 

@@ -29,6 +29,8 @@ class FakeCapture:
             raise self.error
 
     backend = "sockets"
+    hooks = "fentry"
+    reasons = ("there is no tracepoint", "no other")
 
     def __enter__(self) -> FakeCapture:
         return self
@@ -73,6 +75,12 @@ def test_everything_allowed_is_exit_code_zero_without_a_remedy(machine):
     assert [result.remedy for result in found.checks.values()] == [""] * len(KEYS)
     assert "1234 instructions" in found.checks["capture"].detail
     assert "1000 of them in enter" in found.checks["capture"].detail
+
+
+def test_the_row_of_the_capture_says_what_was_chosen_and_why(machine):
+    """Which backend, by what, and what stands against a cheaper one."""
+    detail = machine().checks["capture"].detail
+    assert detail.startswith("backend sockets by fentry, because there is no tracepoint, and no other; 2 programs")
 
 
 @pytest.mark.parametrize(
