@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.edge import Edge, Seen, duration_ns, seen
-from tests.e2e.harness import Process, curl
+from tests.e2e.harness import Process, curl, wait_until
 from tests.e2e.scripted import (
     LOOPBACK,
     Peer,
@@ -323,6 +323,8 @@ def test_streaming_response_through_a_proxy(edge: Edge, proxy: str) -> None:
             middle = stack.enter_context(Peer())
             middle.start(_pass_on_by_splice, port, edge.port, 800_000)
         edge.server.start(_serve_slowly, edge.port, head, pieces)
+        # nginx asks once; what asks to find out would be the one that is served.
+        wait_until(lambda: _listens(edge.port), lambda: f"the server listens on {edge.port}")
         before_request_ns, after_last_ns = edge.client.call(_request_and_stay, port, 800_000)
         after_request_ns, before_last_ns, _ = edge.server.result()
         spans = edge.spans(2)
@@ -333,6 +335,10 @@ def test_streaming_response_through_a_proxy(edge: Edge, proxy: str) -> None:
                 assert span.attributes["http.response.body.size"] == 800_000
                 assert before_last_ns - after_request_ns <= duration_ns(span) <= after_last_ns - before_request_ns
     edge.assert_forgotten(port)
+
+
+def _listens(port: int) -> bool:
+    return f":{port:04X} 00000000:0000 0A " in Path("/proc/net/tcp").read_text()
 
 
 def _pass_on_by_splice(port: int, upstream_port: int, size: int) -> None:
