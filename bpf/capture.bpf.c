@@ -36,8 +36,11 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	bool closes, waited;
 	int error;
 
-	/* A process that closes leaves the exchange now; TCP_CLOSE comes when the other end has answered to that. */
-	closes = (new_state == TCP_FIN_WAIT1 || new_state == TCP_LAST_ACK) && sock->sk_shutdown == SHUTDOWN_MASK;
+	/* A process that closes leaves the exchange now; TCP_CLOSE comes when the other end has answered to that. One that
+	 * only shuts down may still read what is there; closing empties the queue first.
+	 */
+	closes = (new_state == TCP_FIN_WAIT1 || new_state == TCP_LAST_ACK) && sock->sk_shutdown == SHUTDOWN_MASK &&
+		 !sock->sk_receive_queue.qlen;
 	if (new_state != TCP_CLOSE && new_state != TCP_CLOSE_WAIT && !closes)
 		return 0;
 	connection = bpf_map_lookup_elem(&connections, &key);
@@ -53,9 +56,10 @@ int BPF_PROG(on_sock_state, struct sock *sock, int old_state, int new_state)
 	else if (error == ETIMEDOUT)
 		end = END_TIMED_OUT;
 	now = bpf_ktime_get_ns();
-	/* Half-closed by us and now by the peer. */
+	/* Closed in both directions, by a shutdown in ours. */
 	waited = new_state == TCP_CLOSE && end == END_CLOSED &&
-		 (old_state == TCP_FIN_WAIT1 || old_state == TCP_FIN_WAIT2 || old_state == TCP_CLOSING);
+		 (old_state == TCP_FIN_WAIT1 || old_state == TCP_FIN_WAIT2 || old_state == TCP_CLOSING ||
+		  old_state == TCP_LAST_ACK);
 	if (may_linger(connection, sock, closes, waited)) {
 		if (waited)
 			connection->exchange.flags |= FLAG_PEER_CLOSED;

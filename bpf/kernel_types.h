@@ -141,8 +141,13 @@ struct sock_common {
 	struct in6_addr skc_v6_rcv_saddr;
 };
 
+struct sk_buff_head {
+	__u32 qlen;
+};
+
 struct sock {
 	struct sock_common __sk_common;
+	struct sk_buff_head sk_receive_queue;
 	__u16 sk_protocol; /* a bit field before 5.6, commit bf9765145b85 */
 	int sk_err;
 	__u8 sk_shutdown;

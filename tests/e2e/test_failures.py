@@ -335,11 +335,11 @@ def _take_all(port: int, part: bytes, reset: bool) -> _Times:
 
 
 @pytest.mark.parametrize("pipelined", [False, True], ids=["one", "pipelined"])
-@pytest.mark.parametrize("reset", [False, True], ids=["fin", "rst"])
-def test_a_response_is_read_behind_the_end(edge: Edge, reset: bool, pipelined: bool) -> None:
+@pytest.mark.parametrize("end", ["reset", "shutdown", "late_shutdown"])
+def test_a_response_is_read_behind_the_end(edge: Edge, end: str, pipelined: bool) -> None:
     """A client that reads only when the server is gone, and itself will send no more, still has its responses."""
-    edge.server.start(_serve_and_go, edge.port, reset, pipelined)
-    assert edge.client.call(_read_late, edge.port, reset, pipelined) == (1 + pipelined) * len(response())
+    edge.server.start(_serve_and_go, edge.port, end, pipelined)
+    assert edge.client.call(_read_late, edge.port, end, pipelined) == (1 + pipelined) * len(response())
     edge.server.result()
     spans = edge.spans(1 + pipelined)
     for span in (*spans.servers, *spans.clients):
@@ -347,20 +347,22 @@ def test_a_response_is_read_behind_the_end(edge: Edge, reset: bool, pipelined: b
     assert not edge.dropped()
 
 
-def _serve_and_go(port: int, reset: bool, pipelined: bool) -> None:
+def _serve_and_go(port: int, end: str, pipelined: bool) -> None:
     with listen(port) as listener, accept(listener) as connection:
         receive(connection, (1 + pipelined) * len(_REQUEST))
         send_all(connection, (1 + pipelined) * response())
-        if reset:
+        if end == "reset":
             close_with_reset(connection)
 
 
-def _read_late(port: int, reset: bool, pipelined: bool) -> int:
+def _read_late(port: int, end: str, pipelined: bool) -> int:
     with connect(port) as connection:
         send_all(connection, (1 + pipelined) * _REQUEST)
-        if not reset:
+        if end == "late_shutdown":  # behind the server's FIN
+            time.sleep(2 * _APART_SECONDS)
+        if end != "reset":
             connection.shutdown(socket.SHUT_WR)
-        time.sleep(3 * _APART_SECONDS)
+        time.sleep(2 * _APART_SECONDS)
         return len(receive(connection, (1 + pipelined) * len(response())))
 
 
