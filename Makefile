@@ -13,7 +13,7 @@ BIN       := .venv/bin
 BPF_FLAGS := -O2 -g -mcpu=v3 -target bpf -D__TARGET_ARCH_$(BPF_ARCH) -Ibpf -I/usr/include/$(ARCH)-linux-gnu \
              -Wall -Wextra -Wno-unused-parameter -Wno-sign-compare -Wpadded -Werror
 
-.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart lock image vm real clean
+.PHONY: help setup build demo run check test unit e2e lint format fuzz bench golden docs chart lock image vm kernels real clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -65,6 +65,7 @@ docs: .venv/.test-ready ## regenerate the reference pages
 	$(BIN)/python -m agent.config_doc > docs/configuration.md
 	$(BIN)/python -m agent.metrics > docs/metrics.md
 	$(BIN)/python tools/chart.py
+	$(BIN)/python tools/kernels.py > docs/kernels.md
 
 chart: .venv/.test-ready ## render and check the Helm chart
 	$(BIN)/python -m pytest -q tests/chart
@@ -77,6 +78,9 @@ image: ## build the container image with docker or buildah
 
 vm: setup ## load the probes in a stock kernel under QEMU (root): KERNEL=5.10, 6.1, 6.12 or sid, ARGS=--counted
 	$(PYTHON) tools/vm.py $(or $(KERNEL),5.10) $(ARGS)
+
+kernels: setup ## boot all kernels of docs/kernels.md in QEMU, and record what Spanloom uses there (root)
+	mkdir -p build && $(PYTHON) tools/kernels.py --run > build/kernels.md && mv build/kernels.md docs/kernels.md
 
 real: setup .venv/.test-ready ## the chart and the agent with a real API server and a real Jaeger (root, Go)
 	$(PYTHON) tools/real.py $(ARGS)

@@ -6,6 +6,7 @@ two backends differ in what they record. Where the clock counts instructions it 
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,8 @@ from agent.model import ConnectionUpgraded, Exchange, Flag, Segment
 from tests.vm import traffic
 
 BACKENDS = ("syscalls", "sockets")
+RECORD: dict = {"release": os.uname().release, "backends": {}}
+"""What tools/kernels.py makes a table of."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 ASKS = b"GET / HTTP/1.1\r\nHost: a\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: \r\n\r\n"
 SWITCHES = b"HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: h2c\r\n\r\n"
@@ -69,8 +72,9 @@ def exchanges(backend: str) -> tuple[list[Seen], list[traffic.Expected]]:
         last = {one.exchange_id: one for one in _last(capture)}
         counters = {name: count for name, count in capture.counters().items() if count}
         counters |= {f"missed {one.name}": one.misses for one in capture.statistics() if one.misses}
-        print(f"{os.uname().release} {backend}: by {capture.hooks} {capture.reasons}, verified instructions {work}")
+        print(f"{os.uname().release} {backend}: by {capture.hooks} {capture.reasons}")
         print(f"{backend}: {len(last)} exchanges, counters {counters}")
+        RECORD["backends"][backend] = {"hooks": capture.hooks, "exchanges": len(last), "instructions": work}
     targets = {number: one.request.split(b" ")[1].decode() for number, one in last.items()} | {0: ""}
     own = Flag.FIRST | Flag.PROCESS_UNKNOWN
     return sorted(
@@ -204,6 +208,7 @@ def wrong_choice() -> str:
     with Capture(CaptureSettings()) as capture:
         found = [(capture.backend, capture.hooks)]
         print(f"auto: {capture.backend} by {capture.hooks}")
+        RECORD["auto"] = f"{capture.backend} by {capture.hooks}"
         if capture.hooks == "tracepoints" or not PREEMPTION.exists():
             return ""
     PREEMPTION.write_text("full")
@@ -293,6 +298,7 @@ def main() -> int:
     if wrong := wrong_choice():
         print(f"auto: {wrong}")
         return 1
+    print("record " + json.dumps(RECORD))
     return 0
 
 
