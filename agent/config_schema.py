@@ -352,7 +352,7 @@ class Kernel(Section, frozen=True):
         Literal["auto", "syscalls", "sockets"],
         _help(
             "Where the probes sit: on all system calls, which every kernel allows, or in the socket layer, which costs "
-            "less and needs Linux 6.16 or fentry. `auto` takes the cheaper one that the kernel has; `spanloom check` "
+            "less and needs Linux 6.16. `auto` takes the cheaper one that the kernel has; `spanloom check` "
             "says which that is, and why."
         ),
     ] = "auto"

@@ -24,18 +24,19 @@ LIMIT = 1_000_000  # BPF_COMPLEXITY_LIMIT_INSNS, include/linux/bpf_verifier.h
 _INTRODUCTION = """# Kernels
 
 Made by `tools/kernels.py` from tests/vm/kernels.json, which `make kernels` records: stock Debian kernels are booted in
-QEMU, every program is loaded and attached there, and real exchanges go through both backends, which have to record the
-same bytes (`make test` does this, too, and compares). The probes were built by {compiler}.
+QEMU, every program is loaded and attached there, and real exchanges are recorded, which have to be right to the byte
+(`make test` does this, too, and compares). The probes were built by {compiler}.
 
-The backend is chosen at the start (`kernel.backend`): the socket layer's tracepoints (Linux 6.16 and later), else its
-functions by fentry ([ADR 17](adr/0017-functions-of-tcp-by-fentry.md)), else all system calls
-([ADR 2](adr/0002-raw-tracepoints.md)). `spanloom check` says what a machine gets, and why.
+The backend is chosen at the start (`kernel.backend`): the socket layer's tracepoints (Linux 6.16 and later,
+[ADR 7](adr/0007-socket-tracepoints.md)), else all system calls ([ADR 2](adr/0002-raw-tracepoints.md)). Why fentry does
+not take its place before 6.16 yet is in [ADR 17](adr/0017-functions-of-tcp-by-fentry.md). `spanloom check` says what a
+machine gets, and why.
 
 Since 7.0 programs at tracepoints can be preempted, and where another thread comes to the same place meanwhile, the
 kernel leaves its run out. `spanloom_program_missed_total` counts these, and what they would have told is missing: in
 QEMU, where programs take a thousand times as long, 2 to 48 runs for 800 exchanges (`make vm KERNEL=sid`).
 
-| kernel | release | auto takes | exchanges, by system calls / socket layer | HTTP/2, pipelining | probes for TLS |
+| kernel | release | auto takes | exchanges | HTTP/2, pipelining | probes for TLS |
 |---|---|---|---|---|---|
 """
 
@@ -72,9 +73,8 @@ def page(record: dict[str, Any]) -> str:
     text = _INTRODUCTION.format(compiler=record["compiler"])
     kernels = record["kernels"]
     for name, kernel in kernels.items():
-        both = [kernel["backends"][backend] for backend in ("syscalls", "sockets")]
-        seen = " / ".join(f"{one['exchanges']} by {one['hooks']}" for one in both)
-        tls = sum(program.startswith(("on_tls_", "on_go_")) for program in both[0]["instructions"])
+        seen = " / ".join(f"{one['exchanges']} by {one['hooks']}" for one in kernel["backends"].values())
+        tls = sum(program.startswith(("on_tls_", "on_go_")) for program in work(kernel))
         text += f"| {name} | {kernel['release']} | {kernel['auto']} | {seen} | yes | {tls} programs load |\n"
     programs = {program: count for kernel in kernels.values() for program, count in work(kernel).items()}
     text += _WORK.format(limit=LIMIT, kernels=" | ".join(kernels), rules="|".join("---" for _ in kernels))

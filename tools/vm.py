@@ -2,7 +2,8 @@
 """Boots a stock Debian kernel in QEMU and runs the probes in it: ``tools/vm.py KERNEL`` (5.10, 6.1, 6.12 or sid).
 
 In: the built BPF objects and the agent's kernel stage. Out: what tests/vm/load.py prints there, and its exit code. With
-``--counted`` there is one processor, whose clock counts instructions, and what the backends cost is printed instead.
+``--fentry`` the functions of TCP are followed there, too (docs/adr/0017). With ``--counted`` there is one processor,
+whose clock counts instructions, and what the backends cost is printed instead.
 Kernels and the root file system are made once and kept in a cache (SPANLOOM_CACHE, else ~/.cache/spanloom); nothing of
 this machine's packages is changed but for the tools that are missing. TCG emulates the processor: no nested
 virtualisation is needed, and a boot takes some seconds.
@@ -180,9 +181,13 @@ def job(path: Path, objects: Path) -> None:
 
 def main(arguments: list[str]) -> int:
     is_counted = "--counted" in arguments
-    arguments = [argument for argument in arguments if argument != "--counted"]
+    has_fentry = "--fentry" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--counted", "--fentry")]
     if len(arguments) not in (1, 2) or arguments[0] not in SUITES:
-        print(f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS] [--counted]", file=sys.stderr)
+        print(
+            f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS] [--fentry] [--counted]",
+            file=sys.stderr,
+        )
         return 2
     objects = Path(arguments[1]) if len(arguments) == 2 else ROOT / "agent/kernel"
     CACHE.mkdir(parents=True, exist_ok=True)
@@ -201,7 +206,7 @@ def main(arguments: list[str]) -> int:
         command += ["-nodefaults", "-display", "none", "-no-reboot", "-nic", "none", "-serial", f"file:{console}"]
         command += ["-kernel", str(image), "-initrd", str(initial)]
         command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"]
-        command[-1] += " spanloom.counted" * is_counted
+        command[-1] += " spanloom.counted" * is_counted + " spanloom.fentry" * has_fentry
         command += ["-drive", f"file={root},if=virtio,format=raw,snapshot=on"]
         command += ["-drive", f"file={tape},if=virtio,format=raw,readonly=on"]
         try:

@@ -71,7 +71,8 @@ _UNDISTURBED = ("none", "voluntary")
 def ways(wanted: str) -> tuple[list[Way], list[str]]:
     """The ways to try for a ``kernel.backend``, best first, and why better ones than the first are not among them.
 
-    Raises KernelUnsupportedError when "sockets" is asked for and there is none.
+    "fentry" is for tests/vm alone, no setting: a kernel has hung with it (docs/adr/0017). Raises KernelUnsupportedError
+    when "sockets" or that is asked for and there is none.
     """
     if wanted == SYSCALLS.backend:
         return [SYSCALLS], []
@@ -79,19 +80,16 @@ def ways(wanted: str) -> tuple[list[Way], list[str]]:
     if missing < 0:
         return [TRACEPOINTS], []
     reasons = [f"this kernel has no tracepoint {SOCKET_TRACEPOINTS[missing]} (Linux 6.16)"]
-    found = []
-    if reason := _against_functions(is_asked_for=wanted == FUNCTIONS.backend):
-        reasons.append(reason)
-    else:
-        has_sendpage = _first_missing([("tcp_sendpage", _FUNCTION)]) < 0
-        programs = tuple(name for name in FUNCTIONS.programs if name != "on_page_sent" or has_sendpage)
-        attaches_once = _first_missing([(_REATTACHES, _STRUCT)]) >= 0
-        found.append(msgspec.structs.replace(FUNCTIONS, programs=programs, attaches_once=attaches_once))
-    if wanted != FUNCTIONS.backend:
-        found.append(SYSCALLS)
-    if not found:
+    if wanted == "auto":
+        return [SYSCALLS], reasons
+    if wanted != FUNCTIONS.hooks:
         raise no_sockets(reasons)
-    return found, reasons
+    if reason := _against_functions():
+        raise no_sockets([*reasons, reason])
+    has_sendpage = _first_missing([("tcp_sendpage", _FUNCTION)]) < 0
+    programs = tuple(name for name in FUNCTIONS.programs if name != "on_page_sent" or has_sendpage)
+    attaches_once = _first_missing([(_REATTACHES, _STRUCT)]) >= 0
+    return [msgspec.structs.replace(FUNCTIONS, programs=programs, attaches_once=attaches_once)], reasons
 
 
 def no_sockets(reasons: Iterable[str]) -> KernelUnsupportedError:
@@ -101,7 +99,7 @@ def no_sockets(reasons: Iterable[str]) -> KernelUnsupportedError:
     )
 
 
-def _against_functions(is_asked_for: bool) -> str:
+def _against_functions() -> str:
     """Why the functions of TCP shall not be followed; "" when nothing is known to be against it."""
     needed = [*((name, _FUNCTION) for name in SOCKET_FUNCTIONS), (_TRAMPOLINE, _STRUCT)]
     missing = _first_missing(needed)
@@ -110,14 +108,7 @@ def _against_functions(is_asked_for: bool) -> str:
     if missing >= 0:
         return "its fexit is unsafe (Linux 5.12, or 5.10 of a later date)"
     mode = preemption(platform.version(), platform.release())
-    if mode in _UNDISTURBED or (is_asked_for and not mode):
-        return ""
-    if mode:
-        return f"it is preemptible (preempt={mode}), which rules fentry out"
-    return (
-        "whether it is preemptible cannot be told (/sys/kernel/debug/sched/preempt), which rules fentry out unless "
-        "kernel.backend is sockets"
-    )
+    return f"it is preemptible (preempt={mode}), which rules fentry out" if mode and mode not in _UNDISTURBED else ""
 
 
 def preemption(build: str, release: str, root: Path = Path("/")) -> str:

@@ -59,7 +59,7 @@ class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
     """What the programs are loaded with. Sizes in bytes; ports are the server's; empty ``include`` selects all.
 
     ``backend``: where the programs listen. "syscalls" works everywhere, "sockets" is cheaper and needs tracepoints of
-    Linux 6.16 or fentry, "auto" takes the cheaper one that this kernel has.
+    Linux 6.16, "auto" takes the cheaper one that this kernel has.
     """
 
     backend: str = "auto"

@@ -422,7 +422,7 @@ PROBES: tuple[Probe, ...] = (
         "socket tracepoints",
         NICER,
         "the capture in the socket layer, which costs traced programs less",
-        "a kernel of 6.16 or later; until then fentry does, or system calls are captured instead",
+        "a kernel of 6.16 or later; until then system calls are captured instead",
         _find_socket_tracepoints,
     ),
     Probe(

@@ -77,30 +77,22 @@ def test_the_log_names_the_backend(backend: str, tmp_path: Path, collector: Coll
 def test_a_missing_tracepoint(monkeypatch: pytest.MonkeyPatch):
     """Auto falls back; what was asked for by name is refused, with what to do."""
     monkeypatch.setattr(backends, "SOCKET_TRACEPOINTS", ("sched_switch", "no_such_tracepoint"))
-    monkeypatch.setattr(backends, "SOCKET_FUNCTIONS", ("tcp_recvmsg", "no_such_function"))
     found, reasons = backends.ways("auto")
     assert found == [backends.SYSCALLS]
-    assert reasons == ["this kernel has no tracepoint no_such_tracepoint (Linux 6.16)", "no function no_such_function"]
+    assert reasons == ["this kernel has no tracepoint no_such_tracepoint (Linux 6.16)"]
     assert backends.ways("syscalls") == ([backends.SYSCALLS], [])
-    with pytest.raises(
-        KernelUnsupportedError, match=r"no_such_tracepoint .*, and no function no_.*set kernel.backend to auto"
-    ):
+    with pytest.raises(KernelUnsupportedError, match=r"no_such_tracepoint .*set kernel.backend to auto"):
         backends.ways("sockets")
 
 
-def test_fentry_is_tried_where_a_tracepoint_is_missing(
-    monkeypatch: pytest.MonkeyPatch, start, serve, public_path: Path
-):
-    """Where the kernel attaches them its programs capture, and elsewhere those on system calls do; it is said why."""
+def test_what_auto_falls_back_to_captures(monkeypatch: pytest.MonkeyPatch, start, serve, public_path: Path):
+    """Where a tracepoint is missing the probes sit on system calls, and it is said why."""
     port = free_port()
     serve(servers.nginx(port, public_path), port)
     monkeypatch.setattr(backends, "SOCKET_TRACEPOINTS", ("no_such_tracepoint",))
-    monkeypatch.setattr(backends, "preemption", lambda *_: "voluntary")
     with Capture(CaptureSettings()) as capture:
         assert "no_such_tracepoint" in capture.reasons[0]
-        if capture.hooks != "fentry":
-            assert (capture.backend, capture.hooks) == ("syscalls", "system calls")
-            assert capture.reasons[1].startswith("by fentry the kernel refuses to ")
+        assert (capture.backend, capture.hooks) == ("syscalls", "system calls")
         capture.attach()
         with connect(port) as connection:
             send_all(connection, request("/status/200"))
