@@ -6,8 +6,8 @@
  * The bytes are found by the iterator of the call and not by the thread's registers: what it has moved lies right behind
  * where it stands when the function returns. The copies of the iovecs are the kernel's own, and in place until then.
  *
- * Unlike tracepoints these programs can be preempted, where the kernel as a whole can: user space leaves them alone
- * there, see docs/adr/0017.
+ * No setting leads here: a kernel has hung with these programs. And unlike tracepoints before 7.0 they can be preempted,
+ * where the kernel as a whole can. See docs/adr/0017.
  */
 #ifndef SPANLOOM_FUNCTIONS_BPF_H
 #define SPANLOOM_FUNCTIONS_BPF_H
