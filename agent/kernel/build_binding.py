@@ -140,69 +140,114 @@ static void spanloom_log_reset(void)
 
 static const char *spanloom_log(void) { return log_text; }
 
+/* A reader of a BPF ring buffer, as Documentation/bpf/ringbuf.rst and kernel/bpf/ringbuf.c lay it out: a page with the
+ * reader's position, one with the writers', then the data. The data can be mapped twice in a row, so that no record is
+ * broken at the end, and libbpf's ring_buffer does; the process is then charged twice for it (8 MiB of RSS). Records are
+ * copied here anyway, a broken one in two parts.
+ */
 struct drain {
-    struct ring_buffer *ring;
-    unsigned char *buffer;
-    size_t bytes, used, largest;
-    uint32_t *offsets;
-    size_t slots, count;
+    int epoll;
+    size_t page, ring_bytes, used;
+    unsigned long *reader;
+    const unsigned long *writers;
+    const unsigned char *data;
 };
-
-/* Records keep the kernel's 8-byte alignment in the batch. */
-static int copy_record(void *context, void *data, size_t size)
-{
-    struct drain *drain = context;
-
-    memcpy(drain->buffer + drain->used, data, size);
-    drain->offsets[drain->count++] = drain->used;
-    drain->used += (size + 7) & ~(size_t)7;
-    /* A negative return ends the batch; libbpf has released this record by then. */
-    return drain->count == drain->slots || drain->bytes - drain->used < drain->largest ? -E2BIG : 0;
-}
-
-static struct drain *spanloom_drain_new(int map_fd)
-{
-    struct drain *drain = calloc(1, sizeof(*drain));
-
-    if (!drain)
-        return NULL;
-    drain->largest = 16384; /* above every record of events.h */
-    drain->ring = ring_buffer__new(map_fd, copy_record, drain, NULL);
-    if (!drain->ring) {
-        free(drain);
-        return NULL;
-    }
-    return drain;
-}
 
 static void spanloom_drain_free(struct drain *drain)
 {
-    if (drain)
-        ring_buffer__free(drain->ring);
+    if (!drain)
+        return;
+    if (drain->writers)
+        munmap((void *)drain->writers, drain->page + drain->ring_bytes);
+    if (drain->reader)
+        munmap(drain->reader, drain->page);
+    if (drain->epoll >= 0)
+        close(drain->epoll);
     free(drain);
 }
 
-/* 1: records wait or the kernel asked to be read; 0: time is up; negative: -errno. */
+/* NULL with errno when it cannot be mapped. */
+static struct drain *spanloom_drain_new(int map_fd)
+{
+    struct drain *drain = calloc(1, sizeof(*drain));
+    struct epoll_event wanted = {.events = EPOLLIN};
+    struct bpf_map_info info = {};
+    uint32_t info_bytes = sizeof(info);
+    int error;
+    void *mapped;
+
+    if (!drain)
+        return NULL;
+    drain->page = sysconf(_SC_PAGESIZE);
+    drain->epoll = epoll_create1(EPOLL_CLOEXEC);
+    if (drain->epoll < 0 || epoll_ctl(drain->epoll, EPOLL_CTL_ADD, map_fd, &wanted) ||
+        bpf_obj_get_info_by_fd(map_fd, &info, &info_bytes))
+        goto failed;
+    drain->ring_bytes = info.max_entries;
+    mapped = mmap(NULL, drain->page, PROT_READ | PROT_WRITE, MAP_SHARED, map_fd, 0);
+    if (mapped == MAP_FAILED)
+        goto failed;
+    drain->reader = mapped;
+    mapped = mmap(NULL, drain->page + drain->ring_bytes, PROT_READ, MAP_SHARED, map_fd, drain->page);
+    if (mapped == MAP_FAILED)
+        goto failed;
+    drain->writers = mapped;
+    drain->data = (const unsigned char *)mapped + drain->page;
+    return drain;
+failed:
+    error = errno;
+    spanloom_drain_free(drain);
+    errno = error;
+    return NULL;
+}
+
+/* 1: the kernel asked to be read, or records were left by the last call; 0: time is up; negative: -errno. It is epoll
+ * and not poll, which would return for records whose writers asked for no wake-up. */
 static int spanloom_drain_wait(struct drain *drain, int timeout_ms)
 {
     struct epoll_event event;
-    int count = epoll_wait(ring_buffer__epoll_fd(drain->ring), &event, 1, timeout_ms);
+    int count = epoll_wait(drain->epoll, &event, 1, timeout_ms);
 
     return count < 0 ? -errno : count;
 }
 
-/* Copies one batch. Returns the number of records; offsets are relative to the buffer. */
+/* Copies one batch, and gives each record's room back at once. Returns the number of records; offsets are relative to
+ * the buffer (whose size is a multiple of 8), and records keep the kernel's 8-byte alignment. -EMSGSIZE: the next record is larger than the buffer. */
 static long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint32_t *offsets, size_t slots)
 {
-    int result;
+    unsigned long position = *drain->reader; /* nobody else writes it */
+    const unsigned long mask = drain->ring_bytes - 1;
+    unsigned char *copy = buffer;
+    size_t count = 0;
 
-    drain->buffer = buffer;
-    drain->bytes = bytes;
-    drain->offsets = offsets;
-    drain->slots = slots;
-    drain->used = drain->count = 0;
-    result = ring_buffer__consume(drain->ring);
-    return result < 0 && result != -E2BIG ? result : (long)drain->count;
+    drain->used = 0;
+    while (count < slots && position < __atomic_load_n(drain->writers, __ATOMIC_ACQUIRE)) {
+        /* A header never wraps: the ring and every record are multiples of 8 bytes. */
+        const uint32_t *header = (const uint32_t *)(drain->data + (position & mask));
+        uint32_t length = __atomic_load_n(header, __ATOMIC_ACQUIRE);
+        const int is_record = !(length & BPF_RINGBUF_DISCARD_BIT);
+
+        if (length & BPF_RINGBUF_BUSY_BIT)
+            break;
+        length &= ~BPF_RINGBUF_DISCARD_BIT;
+        if (is_record) {
+            const unsigned long start = (position + BPF_RINGBUF_HDR_SZ) & mask;
+            const size_t first = length < drain->ring_bytes - start ? length : drain->ring_bytes - start;
+
+            if (length > bytes - drain->used) {
+                if (!count)
+                    return -EMSGSIZE;
+                break;
+            }
+            memcpy(copy + drain->used, drain->data + start, first);
+            memcpy(copy + drain->used + first, drain->data, length - first);
+            offsets[count++] = drain->used;
+            drain->used += (length + 7) & ~(size_t)7;
+        }
+        position += (length + BPF_RINGBUF_HDR_SZ + 7) & ~7ul;
+        __atomic_store_n(drain->reader, position, __ATOMIC_RELEASE);
+    }
+    return count;
 }
 
 static size_t spanloom_drain_used(struct drain *drain) { return drain->used; }
