@@ -151,12 +151,22 @@ def main() -> int:
             stack.callback(lambda process=pods[-1]: (process.kill(), process.wait()))
         sink, counter = stack.enter_context(collector())
         port = free_port()
-        command = [sys.executable, "-m", "agent", "run", "--set", f"telemetry.listen=127.0.0.1:{port}"]
+        command = [
+            "taskset",
+            "-c",
+            "1",
+            sys.executable,
+            "-m",
+            "agent",
+            "run",
+            "--set",
+            f"telemetry.listen=127.0.0.1:{port}",
+        ]
         command += ["--set", f"kubernetes.service_account={account}", "--set", "select.ports.include=[1]"]
         command += ["--set", f"export.otlp.endpoint=http://127.0.0.1:{sink}"]
         command += ["--set", f"kubernetes.peers={str(arguments.services > 0).lower()}"]
         agent = subprocess.Popen(
-            entering(group, ["taskset", "-c", "1", *command]), env={**os.environ, **api.environ, "NODE_NAME": NODE}, stderr=subprocess.DEVNULL
+            entering(group, command), env={**os.environ, **api.environ, "NODE_NAME": NODE}, stderr=subprocess.DEVNULL
         )
         stack.callback(lambda: (agent.terminate(), agent.wait(20)))
         url = f"http://127.0.0.1:{port}"

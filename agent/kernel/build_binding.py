@@ -142,8 +142,8 @@ static const char *spanloom_log(void) { return log_text; }
 
 /* A reader of a BPF ring buffer, as Documentation/bpf/ringbuf.rst and kernel/bpf/ringbuf.c lay it out: a page with the
  * reader's position, one with the writers', then the data. The data can be mapped twice in a row, so that no record is
- * broken at the end, and libbpf's ring_buffer does; the process is then charged twice for it (8 MiB of RSS). Records are
- * copied here anyway, a broken one in two parts.
+ * broken at the end, and libbpf's ring_buffer does; the process is then charged twice for it (8 MiB of RSS more).
+ * Records are copied here anyway, a broken one in two parts.
  */
 struct drain {
     int epoll;
@@ -211,8 +211,10 @@ static int spanloom_drain_wait(struct drain *drain, int timeout_ms)
     return count < 0 ? -errno : count;
 }
 
-/* Copies one batch, and gives each record's room back at once. Returns the number of records; offsets are relative to
- * the buffer (whose size is a multiple of 8), and records keep the kernel's 8-byte alignment. -EMSGSIZE: the next record is larger than the buffer. */
+/* Copies one batch, and gives each record's room back at once. Returns the number of records. Offsets are relative to
+ * the buffer, whose size is a multiple of 8; records keep the kernel's 8-byte alignment. -EMSGSIZE: the next record is
+ * larger than the buffer.
+ */
 static long spanloom_drain(struct drain *drain, void *buffer, size_t bytes, uint32_t *offsets, size_t slots)
 {
     unsigned long position = *drain->reader; /* nobody else writes it */

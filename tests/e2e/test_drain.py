@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 
 import pytest
-
 from agent.kernel._libbpf import ffi
+
 from agent.kernel.capture import BATCH_BYTES, Capture, CaptureSettings
 from bench.generator import Generator
 
