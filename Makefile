@@ -36,7 +36,7 @@ check: setup ## what this kernel and these privileges allow
 BACKEND_FREE = $(wildcard tests/e2e/test_kubernetes*.py) $(addprefix tests/e2e/test_,backends.py demo.py drain.py grpc_web.py \
 	open.py tls_churn.py tls_libraries.py)
 
-test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (root)
+test: setup .venv/.test-ready $(BENCH_OBJ) ## everything: lint, unit and end-to-end tests (root)
 	$(MAKE) lint
 	$(BIN)/python -m pytest -q
 	SPANLOOM_TEST_BACKEND=syscalls $(BIN)/python -m pytest -q tests/e2e $(addprefix --ignore=,$(BACKEND_FREE))
@@ -44,7 +44,7 @@ test: setup .venv/.test-ready ## everything: lint, unit and end-to-end tests (ro
 unit: .venv/.test-ready ## the tests that need no root
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadscope tests/unit
 
-e2e: setup .venv/.test-ready ## real programs under real probes (root), with the backend that is chosen by itself
+e2e: setup .venv/.test-ready $(BENCH_OBJ) ## real programs under real probes (root), with the backend that is chosen by itself
 	$(BIN)/python -m pytest -q tests/e2e
 
 lint: .venv/.test-ready ## ruff and the import rules

@@ -55,6 +55,8 @@ class Generator:
         path = Path(__file__).with_name(f"generator.{platform.machine()}.bpf.o")
         lib.spanloom_log_reset()
         self._object = lib.bpf_object__open_file(str(path).encode(), ffi.NULL)
+        if self._object == ffi.NULL:
+            raise FileNotFoundError(f"{path} cannot be read: `make bench` and `make test` build it")
         ring = find_map(agent_pid, "records")
         error = lib.bpf_map__reuse_fd(lib.bpf_object__find_map_by_name(self._object, b"records"), ring)
         os.close(ring)
