@@ -34,7 +34,7 @@ check: setup ## what this kernel and these privileges allow
 
 # What does not depend on how the bytes are seen, or tries every backend by itself, runs once.
 BACKEND_FREE = $(wildcard tests/e2e/test_kubernetes*.py) $(addprefix tests/e2e/test_,backends.py demo.py drain.py grpc_web.py \
-	open.py tls_churn.py tls_libraries.py)
+	open.py tls_churn.py tls_libraries.py uprobes.py)
 
 test: setup .venv/.test-ready $(BENCH_OBJ) ## everything: lint, unit and end-to-end tests (root)
 	$(MAKE) lint

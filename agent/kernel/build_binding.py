@@ -20,6 +20,7 @@ struct bpf_program *bpf_object__find_program_by_name(const struct bpf_object *ob
 struct bpf_program *bpf_object__next_program(const struct bpf_object *object, struct bpf_program *previous);
 const char *bpf_program__name(const struct bpf_program *program);
 int bpf_program__fd(const struct bpf_program *program);
+int bpf_program__set_expected_attach_type(struct bpf_program *program, int type);
 int bpf_program__set_autoload(struct bpf_program *program, bool autoload);
 struct bpf_link *bpf_program__attach(const struct bpf_program *program);
 int bpf_link__destroy(struct bpf_link *link);
@@ -60,9 +61,10 @@ struct program_statistics {
     uint32_t verified_instructions;
 };
 int spanloom_program_statistics(int program_fd, struct program_statistics *statistics);
-struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol);
 struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, const char *path, size_t offset,
                                            bool is_return);
+int spanloom_link_uprobe(int program_fd, const char *path, uint64_t offset, bool is_return);
+bool spanloom_links_uprobes(void);
 int spanloom_canary_under_filter(void);
 long spanloom_btf_types(const char *path);
 int spanloom_missing_types(const char *const *names, const uint32_t *kinds, int count);
@@ -70,6 +72,7 @@ long spanloom_jited_bytes(int program_fd);
 void spanloom_log_reset(void);
 const char *spanloom_log(void);
 void spanloom_give_memory_back(void);
+#define UPROBE_LINK ...
 long spanloom_bpf(int command, void *attributes, unsigned int bytes);
 """
 )
@@ -94,6 +97,8 @@ ffibuilder.set_source(
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
+
+#define UPROBE_LINK 48 /* BPF_TRACE_UPROBE_MULTI of enum bpf_attach_type */
 
 /* What libbpf said since the last reset; kept for the error message, never printed by itself. Bounded: the end of the
  * text is what names the cause, so a full buffer drops what is oldest. One message alone may be longer than the buffer:
@@ -385,14 +390,6 @@ static int spanloom_program_statistics(int program_fd, struct program_statistics
     return error;
 }
 
-/* Attaches to this process's calls of a function of a library or executable, whatever its offset. */
-static struct bpf_link *spanloom_attach_uprobe(struct bpf_program *program, const char *path, const char *symbol)
-{
-    LIBBPF_OPTS(bpf_uprobe_opts, options, .func_name = symbol);
-
-    return bpf_program__attach_uprobe_opts(program, 0, path, 0, &options);
-}
-
 /* Attaches to every process's calls of the function at an offset of a file. */
 static struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, const char *path, size_t offset,
                                                   bool is_return)
@@ -400,6 +397,50 @@ static struct bpf_link *spanloom_attach_uprobe_at(struct bpf_program *program, c
     LIBBPF_OPTS(bpf_uprobe_opts, options, .retprobe = is_return);
 
     return bpf_program__attach_uprobe_opts(program, -1, path, offset, &options);
+}
+
+/* Linux 6.6 and later (kernel commit 89ae89f53d20) attach uprobes through links of their own kind, which neither the
+ * libbpf nor the kernel headers of Debian 12 know: part of `union bpf_attr` for BPF_LINK_CREATE. */
+struct uprobe_link {
+    uint32_t program_fd, target_fd, attach_type, flags;
+    uint64_t path, offsets, reference_counters, cookies;
+    uint32_t count, uprobe_flags, pid, padding;
+};
+
+/* Attaches a program that was loaded with UPROBE_LINK to every process's calls of the function at an offset of a file.
+ * Returns the link's descriptor, or -errno. Against a perf event per probe: links are taken back side by side, where
+ * perf events wait for one lock, each for a grace period (0.1 s); CAP_BPF and CAP_PERFMON are enough for them. */
+static int spanloom_link_uprobe(int program_fd, const char *path, uint64_t offset, bool is_return)
+{
+    struct uprobe_link link = {
+        .program_fd = program_fd,
+        .attach_type = UPROBE_LINK,
+        .path = (uintptr_t)path,
+        .offsets = (uintptr_t)&offset,
+        .count = 1,
+        .uprobe_flags = is_return, /* BPF_F_UPROBE_MULTI_RETURN */
+    };
+    int descriptor = syscall(__NR_bpf, BPF_LINK_CREATE, &link, sizeof(link));
+
+    return descriptor < 0 ? -errno : descriptor;
+}
+
+/* Whether this kernel has such links: it must get as far as to find that a directory is no file to probe. */
+static bool spanloom_links_uprobes(void)
+{
+    const struct bpf_insn nothing[] = {
+        { .code = BPF_ALU64 | BPF_MOV | BPF_K, .dst_reg = BPF_REG_0 },
+        { .code = BPF_JMP | BPF_EXIT },
+    };
+    LIBBPF_OPTS(bpf_prog_load_opts, options, .expected_attach_type = UPROBE_LINK);
+    int program = bpf_prog_load(BPF_PROG_TYPE_KPROBE, "uprobe_links", "Dual BSD/GPL", nothing, 2, &options);
+    int error;
+
+    if (program < 0)
+        return false;
+    error = spanloom_link_uprobe(program, "/", 0, false);
+    close(program);
+    return error == -EBADF;
 }
 
 /* A function to put probes on, in a process that has nothing to lose. */

@@ -10,7 +10,6 @@ import os
 import platform
 import time
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from errno import EACCES, EPERM
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ import msgspec
 
 from agent.elf import function_offsets
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
-from agent.kernel import _libbpf
+from agent.kernel import _libbpf, uprobes
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.backends import PROGRAMS, Way, no_sockets, ways
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
@@ -52,7 +51,6 @@ TLS_PROGRAMS = (
     "on_go_write_return",
 )
 """What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
-UNWATCH_THREADS = 64
 
 
 class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -215,6 +213,8 @@ class Capture:
             raise unreadable(ffi.errno, self._path.name, _libbpf_log())
         for name in (*PROGRAMS, *_COMMON, "sweep"):
             lib.bpf_program__set_autoload(lib.bpf_object__find_program_by_name(tls, name.encode()), False)
+        for name in TLS_PROGRAMS:
+            uprobes.prepare(lib.bpf_object__find_program_by_name(tls, name.encode()))
         code = -(lib.spanloom_share_maps(tls, self._object) or lib.bpf_object__load(tls))
         if code:
             lib.bpf_object__close(tls)
@@ -237,12 +237,14 @@ class Capture:
 
         ``path`` is followed once; what it leads to then is what is watched. Raises SpanloomError when that is refused.
         """
-        link = lib.spanloom_attach_uprobe_at(self._program(program), path.encode(), offset, is_return)
-        if link == ffi.NULL and ffi.errno in (EACCES, EPERM):
-            raise PrivilegeError("the kernel refuses probes on programs: TLS is traced with CAP_SYS_ADMIN only")
-        if link == ffi.NULL:
-            raise _refusal(ffi.errno, f"attach the probe {program}")
-        return link
+        try:
+            return uprobes.attach(self._program(program), path, offset, is_return=is_return)
+        except OSError as error:
+            if error.errno in (EACCES, EPERM) and not uprobes.has_links():
+                raise PrivilegeError(
+                    "the kernel refuses probes on programs: before Linux 6.6, TLS is traced with CAP_SYS_ADMIN only"
+                ) from None
+            raise _refusal(error.errno, f"attach the probe {program}") from None
 
     def try_return(self) -> list[Any]:
         """Attach a return probe where only this process is, and see a child under a seccomp filter live through it.
@@ -267,15 +269,8 @@ class Capture:
         return [link]
 
     def unwatch(self, links: Iterable[Any]) -> None:
-        """Take back what ``watch_call`` attached.
-
-        The kernel waits for a grace period per probe, some 100 ms. Newer ones hold a lock meanwhile: the threads wait
-        for each other (seen with 6.18).
-        """
-        links = list(links)
-        if links:
-            with ThreadPoolExecutor(min(len(links), UNWATCH_THREADS)) as threads:
-                list(threads.map(lib.bpf_link__destroy, links))
+        """Take back what ``watch_call`` attached."""
+        uprobes.detach(links)
 
     def count_watched(self, files: int) -> None:
         """Tell the programs how many files are watched: at 0 they do not look for what belongs to TLS objects."""

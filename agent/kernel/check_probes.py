@@ -19,7 +19,7 @@ from pathlib import Path
 import msgspec
 
 from agent.elf import function_offsets
-from agent.kernel import _libbpf
+from agent.kernel import _libbpf, uprobes
 from agent.kernel._libbpf import ffi, lib
 from agent.kernel.backends import SOCKET_TRACEPOINTS
 from agent.kernel.refusals import ENOTSUPP, effective_capabilities
@@ -115,8 +115,8 @@ def object_path() -> Path:
     return Path(__file__).with_name(f"check.{platform.machine()}.bpf.o")
 
 
-def _find_program(name: str, use: Callable) -> Finding:
-    """Load one program of the object and no other, and hand it and the object to ``use``."""
+def _find_program(name: str, use: Callable, prepare: Callable[[object], None] = lambda program: None) -> Finding:
+    """Load one program of the object and no other, and hand it and the object to ``use``; before, to ``prepare``."""
     path = object_path()
     if not path.exists():
         return Finding(NO, f"{path.name} is missing", "ENOENT", "run `make build`, or reinstall the package")
@@ -130,6 +130,7 @@ def _find_program(name: str, use: Callable) -> Finding:
         while program != ffi.NULL:
             lib.bpf_program__set_autoload(program, program == wanted)
             program = lib.bpf_object__next_program(loaded, program)
+        prepare(wanted)
         error = lib.bpf_object__load(loaded)
         return _failed(error, "load") if error else use(wanted, loaded)
     finally:
@@ -183,47 +184,39 @@ def _find_map_iter() -> Finding:
 
 
 def _find_uprobe() -> Finding:
-    library = _c_library()
-    if not library:
-        return Finding(NO, "no C library found in this process", "ENOENT")
-
-    def use(program: object, loaded: object) -> Finding:
-        found = _detached(lib.spanloom_attach_uprobe(program, library.encode(), b"getppid"))
-        return Finding(YES, f"getppid in {library}") if found.state == YES else found
-
-    return _find_program("check_uprobe", use)
+    return _probed(is_return=False, use=lambda: None)
 
 
 def _find_uretprobe() -> Finding:
-    """On a function of the agent's own, called by a child that has nothing to lose."""
-    path = _libbpf.__file__
+    def use() -> Finding | None:
+        died_of = lib.spanloom_canary_under_filter()
+        return Finding(NO, f"a process under a seccomp filter died of signal {died_of}") if died_of > 0 else None
+
+    return _probed(is_return=True, use=use)
+
+
+def _probed(*, is_return: bool, use: Callable[[], Finding | None]) -> Finding:
+    """Attach a probe to a function that only this process has, the way that TLS is probed, and call ``use`` meanwhile.
+
+    A function of a shared library would be changed in all processes that have it.
+    """
+    path, symbol = _libbpf.__file__, "spanloom_canary"
     with open(path, "rb", buffering=0) as file:
-        offsets = function_offsets(lambda at, count: os.pread(file.fileno(), count, at), ["spanloom_canary"])
+        offsets = function_offsets(lambda at, count: os.pread(file.fileno(), count, at), [symbol])
     if not offsets:
         return Finding(NO, "the binding to libbpf has no symbols", "ENOENT")
 
-    def use(program: object, loaded: object) -> Finding:
-        link = lib.spanloom_attach_uprobe_at(program, path.encode(), offsets["spanloom_canary"], True)
-        if link == ffi.NULL:
-            return _failed(-ffi.errno, "attach")
+    def attached(program: object, loaded: object) -> Finding:
         try:
-            died_of = lib.spanloom_canary_under_filter()
+            link = uprobes.attach(program, path, offsets[symbol], is_return=is_return)
+        except OSError as error:
+            return _failed(-error.errno, "attach")
+        try:
+            return use() or Finding(YES)
         finally:
-            lib.bpf_link__destroy(link)
-        return (
-            Finding(NO, f"a process under a seccomp filter died of signal {died_of}") if died_of > 0 else Finding(YES)
-        )
+            uprobes.detach([link])
 
-    return _find_program("check_uprobe", use)
-
-
-def _c_library() -> str:
-    with open("/proc/self/maps", encoding="utf-8", errors="surrogateescape") as maps:
-        for line in maps:
-            path = line.rstrip("\n").partition("/")[2]
-            if path.rpartition("/")[2].startswith(("libc.so", "libc-", "ld-musl")):
-                return f"/{path}"
-    return ""
+    return _find_program("check_uprobe", attached, uprobes.prepare)
 
 
 def _find_test_run() -> Finding:
@@ -492,7 +485,7 @@ PROBES: tuple[Probe, ...] = (
         "uprobes",
         NICER,
         "HTTPS is traced",
-        "a kernel with CONFIG_UPROBES=y; CAP_SYS_ADMIN among the capabilities",
+        "a kernel with CONFIG_UPROBES=y; before Linux 6.6, CAP_SYS_ADMIN among the capabilities",
         _find_uprobe,
     ),
     Probe(

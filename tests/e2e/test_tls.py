@@ -17,6 +17,7 @@ import pytest
 from h2.connection import H2Connection
 from h2.events import StreamEnded
 
+from agent.kernel import uprobes
 from tests.collector import CollectedSpan
 from tests.e2e import servers
 from tests.e2e.harness import AgentProcess, Process, clean_environment, curl, free_port, one, show, wait_until
@@ -535,27 +536,27 @@ def test_a_program_that_switches_stacks_goes_on(tls_agent, serve, public_path: P
     assert '"reason":"stacks"' in named[0]
 
 
-def test_the_capability_that_probes_on_programs_need(collector, serve, public_path: Path, pem: Path, tmp_path: Path):
-    """With CAP_SYS_ADMIN and two more TLS is traced; without it the agent says so, and traces what is in the clear."""
+@pytest.mark.parametrize("admin", [("SYS_ADMIN",), ("BPF", "PERFMON")])
+def test_the_capabilities_that_tls_needs(admin, collector, serve, public_path: Path, pem: Path, tmp_path: Path):
+    """CAP_SYS_ADMIN and two more, or where probes are links, what the agent needs anyway. If that is not enough it says
+    so, and traces what is in the clear.
+    """
     port, plain = free_port(), free_port()
     serve(serving("nginx-1.3", port, public_path, pem), port)
     serve(servers.python_threads(plain, public_path), plain)
-    with AgentProcess(
-        tmp_path, collector, [port, plain], within=dropping_all_but(["SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"])
-    ) as tracing:
-        wait_for_libraries(tracing)
+    within = dropping_all_but([*admin, "SYS_PTRACE", "DAC_READ_SEARCH"])
+    is_seen = "SYS_ADMIN" in admin or uprobes.has_links()
+    with AgentProcess(tmp_path, collector, [port, plain], within=within) as tracing:
+        if is_seen:
+            wait_for_libraries(tracing)
+        else:
+            wait_until(lambda: '"event":"tls_off"' in tracing.stderr(), tracing.state)
+            said = one(line for line in tracing.stderr().splitlines() if '"event":"tls_off"' in line)
+            assert "CAP_SYS_ADMIN" in said
+            assert tracing.metrics()["spanloom_tls_refused_total{reason=privilege}"] == 1
         assert secure_curl(f"https://localhost:{port}/status/200?id=1", pem=pem).returncode == 0
-        assert_pairs(tracing.exact_spans(2, port=port), 1)
-    collector.clear()
-    capabilities = ["BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH"]
-    with AgentProcess(tmp_path, collector, [port, plain], within=dropping_all_but(capabilities)) as tracing:
-        wait_until(lambda: '"event":"tls_off"' in tracing.stderr(), tracing.state)
-        said = one(line for line in tracing.stderr().splitlines() if '"event":"tls_off"' in line)
-        assert "CAP_SYS_ADMIN" in said
-        assert tracing.metrics()["spanloom_tls_refused_total{reason=privilege}"] == 1
-        assert secure_curl(f"https://localhost:{port}/status/200?id=2", pem=pem).returncode == 0
-        assert curl(f"http://127.0.0.1:{plain}/status/200?id=3").returncode == 0
-        assert_pairs(tracing.exact_spans(2), 1)
+        assert curl(f"http://127.0.0.1:{plain}/status/200?id=2").returncode == 0
+        assert_pairs(tracing.exact_spans(4 if is_seen else 2), 2 if is_seen else 1)
 
 
 def test_what_is_no_http_over_tls_is_left_alone(tls_agent, start, public_path: Path, pem: Path):

@@ -25,7 +25,8 @@ from tests.e2e.tls_any import ClientFactory
 OPENSSL = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
 OWN = "libssl-churn.so"
 """No other program's library is called this."""
-PROBE, LINK = "anon_inode:[perf_event]", "anon_inode:bpf_link"
+LINK, PERF_EVENT = "anon_inode:bpf_link", "anon_inode:[perf_event]"
+"""Each probe is one of the first, and before Linux 6.6 one of the second, too."""
 
 
 class Watching:
@@ -66,7 +67,7 @@ class Watching:
     @property
     def probes(self) -> int:
         """On these files."""
-        return open_files(self.tracing)[PROBE] - self._open[PROBE] - self._probes_of_others() + self._others
+        return open_files(self.tracing)[LINK] - self._open[LINK] - self._probes_of_others() + self._others
 
     def wait_for_attached(self, count: int) -> None:
         """And for nothing else to be under way."""
@@ -85,7 +86,7 @@ class Watching:
         def left() -> Counter[str]:
             allowed = self._open.copy()
             others = max(0, self._probes_of_others() - self._others)
-            allowed.update({PROBE: others, LINK: others})
+            allowed.update({LINK: others, PERF_EVENT: others})
             return open_files(self.tracing) - allowed
 
         wait_until(lambda: not left(), lambda: f"{left()} are closed{self.tracing.state()}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import re
 
 import pytest
@@ -316,9 +315,3 @@ def test_the_lock_limit_is_as_it_was():
     before = check_probes.resource.getrlimit(check_probes.resource.RLIMIT_MEMLOCK)
     assert check_probes._find_memory_accounting().state in (YES, NO, REFUSED)
     assert check_probes.resource.getrlimit(check_probes.resource.RLIMIT_MEMLOCK) == before
-
-
-def test_the_c_library_of_this_process_exists():
-    """The uprobe goes to a file that is really there."""
-    path = check_probes._c_library()
-    assert os.path.isfile(path)
