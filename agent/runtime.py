@@ -47,8 +47,9 @@ _log = logging.getLogger("spanloom.runtime")
 CERTIFICATES_SECONDS = 2.0
 """How often the exporter's certificate files are looked at."""
 
-SHUTDOWN_SECONDS = 4.0
-"""How long the exporter may take for the last batches: with the rest of the shutdown this stays below 5 s."""
+SHUTDOWN_SECONDS, LAST_EXPORT_SECONDS, LAST_DETACH_SECONDS = 4.0, 1.0, 0.5
+"""When the exporter gives its last batches up, after SIGTERM and, if it came to them late, after they are there; and how
+long probes that are still being loaded are waited for. With the rest of the shutdown this stays below 5 s."""
 
 CLOCK_TOLERANCE_NS = 500_000
 """How far the clock of the host may be adjusted before spans follow it."""
@@ -106,6 +107,7 @@ class Agent:
         """Settings of the file in place that only a restart will apply."""
         self.config_file = config_file
         self._stopping = False
+        self._stopped_at = 0.0
         self._started = False
         self._attached = False
         self._stepped_at = time.monotonic()
@@ -325,7 +327,7 @@ class Agent:
         elif self._attached and config.capture.tls:
             self.tls.start()
         else:
-            self.tls.stop(wait=False)
+            self.tls.stop()
 
     def _apply_export(self, config: Config, destination: Destination | None) -> None:
         """Lead the spans elsewhere, those that wait included. Without a destination, what is exported last still is."""
@@ -365,7 +367,7 @@ class Agent:
     def _detach(self) -> None:
         """Take the probes away, with what they were seeing; what has ended is reported as ever."""
         self.capture.detach()
-        self.tls.stop(wait=False)
+        self.tls.stop()
         self._attached = False
         self.capture.hasten()
         self.pipeline.sweep(time.monotonic_ns())
@@ -384,7 +386,8 @@ class Agent:
 
     def stop(self, *_: int | FrameType | None) -> None:
         """End ``run()`` soon. Usable as a signal handler."""
-        self._stopping = True
+        if not self._stopping:
+            self._stopping, self._stopped_at = True, time.monotonic()
 
     def run(self) -> None:
         """Run until ``stop()``."""
@@ -462,10 +465,11 @@ class Agent:
         An agent that never captured has no books to tell of: what stopped it is the only line of its log.
         """
         captured, self._started = self._started, False
+        began = self._stopped_at if self._stopping else time.monotonic()
         try:
             if captured:
                 self._attached = False
-                self.tls.stop(wait=False)
+                self.tls.stop()
                 self.capture.detach()
                 self.capture.hasten()
                 now_ns = time.monotonic_ns()
@@ -475,8 +479,8 @@ class Agent:
             if self.cluster is not None:
                 self.cluster.stop()
             if self.exporter is not None:
-                self.exporter.close(SHUTDOWN_SECONDS)
-            self.tls.stop()  # the probes may still be loading, or on their way out: nothing else waits for that
+                self.exporter.close(max(began + SHUTDOWN_SECONDS - time.monotonic(), LAST_EXPORT_SECONDS))
+            tls_has_ended = self.tls.stop(LAST_DETACH_SECONDS)
             if captured:
                 books = self.pipeline.books()
                 exported = {}
@@ -497,7 +501,8 @@ class Agent:
                     **exported,
                 )
             self.telemetry.stop()
-            self.capture.close()
+            if tls_has_ended:  # else its thread uses what would be closed here, and the process ends without that
+                self.capture.close()
 
 
 def run(config: Config, config_file: ConfigFile | None = None) -> int:

@@ -145,8 +145,12 @@ class TlsWatch:
         event(_log, "tls_on", files=self.files)
         return True
 
-    def stop(self, wait: bool = True) -> None:
-        """Take all probes back; without ``wait`` soon, in the thread that watched. May be called twice."""
+    def stop(self, wait_seconds: float = 0.0) -> bool:
+        """Take all probes back, in the thread that watched. May be called twice.
+
+        Waits at most so long and returns whether it is over. The verifier may be at the programs still: that ends by
+        itself, or with the process.
+        """
         thread, self._thread = self._thread, None
         if thread is not None:
             self._ends.set()
@@ -156,8 +160,10 @@ class TlsWatch:
                     break
                 except queue.Full:
                     self._drop_one()
-        if wait and self._last is not None:
-            self._last.join()
+        if self._last is None:
+            return True
+        self._last.join(wait_seconds)
+        return not self._last.is_alive()
 
     def look_at(self, info: ProcessInfo, notice: int) -> None:
         """A process uses TLS: it is looked at soon. ``notice`` is a number of ``TlsNotice``."""

@@ -158,7 +158,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
     made = Bench()
     before = len(os.listdir("/proc/self/fd"))
     yield made
-    made.watch.stop()
+    made.watch.stop(30)
     assert made.probes.links == []
     assert made.probes.watched == 0
     assert len(os.listdir("/proc/self/fd")) == before
@@ -191,7 +191,7 @@ def test_returns_come_first_and_go_last(bench: Bench):
     bench.libraries.mapped = {10: [5]}
     bench.start()
     assert [link[2] for link in bench.probes.links] == [True, True, False, False, False]
-    bench.watch.stop()
+    bench.watch.stop(30)
     assert [link[2] for link in bench.probes.taken_back] == [False, False, False, True, True]
 
 
@@ -369,8 +369,8 @@ def test_off_and_on_and_off_again(bench: Bench):
     bench.libraries.mapped = {10: [5]}
     for _ in range(20):
         bench.watch.start()
-        bench.watch.stop(wait=False)
-    bench.watch.stop()
+        bench.watch.stop()
+    bench.watch.stop(30)
     assert (bench.probes.links, bench.probes.announces, bench.watch.files) == ([], False, 0)
     bench.start()
     assert bench.watch.files == 1
