@@ -48,8 +48,8 @@ CERTIFICATES_SECONDS = 2.0
 """How often the exporter's certificate files are looked at."""
 
 SHUTDOWN_SECONDS, LAST_EXPORT_SECONDS, LAST_DETACH_SECONDS = 4.0, 1.0, 0.5
-"""When the exporter gives its last batches up, after SIGTERM and, if it came to them late, after they are there; and how
-long probes that are still being loaded are waited for. With the rest of the shutdown this stays below 5 s."""
+"""When the exporter gives its last batches up, after SIGTERM and, if it came to them late, after they are there; and
+how long probes that are being loaded are waited for. With the rest of the shutdown this stays below 5 s."""
 
 CLOCK_TOLERANCE_NS = 500_000
 """How far the clock of the host may be adjusted before spans follow it."""
