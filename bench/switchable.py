@@ -18,7 +18,7 @@ from agent.runtime import Agent
 def main() -> int:
     agent = Agent(configuration.load(None, sys.argv[1:], os.environ))
     agent.start()
-    agent.tls.stop()
+    agent.tls.stop(60)
     agent.capture.detach()
     loop = threading.Thread(target=agent.run)
     loop.start()
@@ -32,7 +32,7 @@ def main() -> int:
                 agent.tls.start()
             print("attached", flush=True)
         elif command == "detach":
-            agent.tls.stop()
+            agent.tls.stop(60)
             agent.capture.detach()
             print("detached", flush=True)
         elif command == "statistics":
