@@ -3,7 +3,8 @@
 Runs the real agent in its in-cluster mode against the tests' API server with a node full of pods: at rest, while pods
 come and go, and with the spans of two of them exported at growing rates (bench/generator.py). With ``--services`` the
 called services and pods of a whole cluster are named, too. Bytes are those on the wire, TLS included; memory is the
-process's (RSS) and, with everything that the kernel counts for it, BPF maps too, that of its cgroup.
+process's (RSS, of which the target is at most 110 MB with 250 pods and full export) and, with everything that the
+kernel counts for it, BPF maps too, that of its cgroup.
 """
 
 from __future__ import annotations

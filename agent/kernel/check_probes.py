@@ -372,7 +372,7 @@ _CAPABILITIES = (  # include/uapi/linux/capability.h
     ("CAP_BPF", 39, REQUIRED, "loads the programs"),
     ("CAP_PERFMON", 38, REQUIRED, "lets them read the kernel, and attaches them"),
     ("CAP_SYS_ADMIN", _CAP_SYS_ADMIN, NICER, "stands in for the two above; before Linux 6.6 HTTPS needs it"),
-    ("CAP_SYS_PTRACE", 19, NICER, "names the programs of other users"),
+    ("CAP_SYS_PTRACE", 19, NICER, "shows HTTPS, and names the programs of other users"),
     ("CAP_SYS_RESOURCE", 24, NICER, "raises RLIMIT_MEMLOCK where maps count against it"),
     ("CAP_DAC_READ_SEARCH", 2, NICER, "reads the environment of other users' programs, which names their service"),
     ("CAP_NET_ADMIN", 12, LATER, "header injection loads socket programs"),

@@ -17,7 +17,7 @@ from tests.e2e import servers
 from tests.e2e.cluster import NODE, ask, served
 from tests.e2e.harness import AgentProcess, free_port, one, wait_until
 from tests.e2e.servers import Server
-from tests.e2e.test_live import MountedFile, change
+from tests.e2e.test_live import MountedFile, change, events
 
 
 def test_a_process_is_described_by_its_pod(containers, api, in_cluster, serve, public_path: Path):
@@ -273,6 +273,23 @@ def test_an_invalid_file_is_an_event_of_the_pod(api, in_cluster, tmp_path: Path)
     assert event["involvedObject"]["name"] == "spanloom-x"
     assert event["reason"] == "ConfigRefused"
     assert "sampling.ratio" in event["message"]
+
+
+def test_an_invalid_file_where_events_are_denied(api, in_cluster, tmp_path: Path):
+    """The log says that the Event could not be written, and why; the next valid file is applied all the same."""
+    api.deny = {("create", "events")}
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = in_cluster([free_port()], config=file.path)
+    tracing.expects_errors = True
+    change(tracing, file, {"sampling": {"ratio": 7}}, "config_refused")
+    wait_until(lambda: events(tracing, "kube_event_not_written"), lambda: f"it is said{tracing.state()}")
+    (said,) = events(tracing, "kube_event_not_written")
+    assert said["level"] == "warning"
+    assert "create on events" in said["error"]
+    assert not api.recorded_events
+    applied = change(tracing, file, {"sampling": {"ratio": 0.5}})
+    assert applied["changed"] == ["sampling.ratio"]
+    assert tracing.metrics()["spanloom_config_last_reload_successful"] == 1
 
 
 def test_called_services_are_named(containers, api, in_cluster, serve, public_path: Path):

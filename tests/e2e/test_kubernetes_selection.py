@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,8 @@ import pytest
 from tests.apiserver import make_pod
 from tests.e2e import servers
 from tests.e2e.cluster import NODE, ask, number_of, served
-from tests.e2e.harness import AgentProcess, Books, free_port, one, wait_until
-from tests.e2e.test_live import MountedFile, change
+from tests.e2e.harness import AgentProcess, Books, curl, free_port, one, wait_until
+from tests.e2e.test_live import MountedFile, change, events
 
 
 @pytest.fixture
@@ -116,6 +117,51 @@ def test_containers_are_selected_by_their_names(api, in_cluster, serve_in, tmp_p
     }
     instances = {span.resource["service.instance.id"] for span in tracing.collector.spans()}
     assert instances == {f"shop.cart.{name}" for name in ports}
+
+
+def test_an_override_of_a_namespace_ends_by_itself(api, in_cluster, serve_in, tmp_path: Path):
+    """The pods of the namespace that it names have its settings until the moment comes, and no others have them."""
+    ports = {namespace: free_port() for namespace in ("checkout", "shop")}
+
+    def config(until: datetime) -> dict:
+        settings = {"capture": {"request_headers": ["x-order"]}, "routes": {"patterns": ["/status/{code}"]}}
+        override = {"until": until.isoformat(), "match": {"namespace": "checkout"}, "set": settings}
+        return {"routes": {"patterns": []}, "overrides": [override]}
+
+    file = MountedFile(tmp_path / "mounted", {})
+    tracing = in_cluster(list(ports.values()), {"kubernetes.wait_seconds": 30}, file.path)
+    for namespace, port in ports.items():
+        uid = str(uuid.uuid4())
+        api.put(make_pod("cart", namespace, NODE, {"app": serve_in(uid, port)}, uid=uid))
+    wait_until(lambda: tracing.metrics()["spanloom_kube_pods"] == len(ports), tracing.state)
+
+    def request_all(number: int) -> None:
+        for port in ports.values():
+            url = f"http://127.0.0.1:{port}/status/200?number={number}"
+            assert curl("-o", "/dev/null", "-H", f"x-order: {number}", url).returncode == 0
+        settle(tracing)  # an exchange is read under the settings of the moment when it is read
+
+    def overridden(namespace: str) -> dict[int, bool]:
+        """Of each request, whether its header is there and its name has the route."""
+        found = {}
+        for span in tracing.spans(ports[namespace], "SERVER"):
+            assert span.resource["k8s.namespace.name"] == namespace
+            number = number_of(span)
+            header = span.attributes.get("http.request.header.x-order")
+            assert (header, span.name) in (([str(number)], "GET /status/{code}"), (None, "GET"))
+            found[number] = header is not None
+        return found
+
+    request_all(0)
+    change(tracing, file, config(datetime.now(UTC) + timedelta(hours=1)))
+    request_all(1)
+    until = datetime.now(UTC) + timedelta(seconds=5)
+    change(tracing, file, config(until))
+    wait_until(lambda: events(tracing, "override_ended"), lambda: f"the override ends{tracing.state()}")
+    assert datetime.now(UTC) >= until
+    request_all(2)
+    assert overridden("checkout") == {0: False, 1: True, 2: False}
+    assert overridden("shop") == {0: False, 1: False, 2: False}
 
 
 def test_the_node_itself_and_pods_in_its_network(api, in_cluster, serve_in, serve, public_path: Path):

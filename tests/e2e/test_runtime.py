@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import socket
 import subprocess
 import sys
+import termios
 import threading
 import time
 from pathlib import Path
@@ -274,6 +278,42 @@ def test_json_lines_without_an_endpoint(tmp_path: Path, serve, public_path: Path
     assert "404" in text
     assert len({span["trace_id"] for span in spans}) == 1
     assert {span["kind"].lower() for span in spans} == {"server", "client"}
+
+
+def test_waterfall_on_a_terminal(tmp_path: Path, serve, public_path: Path):
+    """Without an endpoint and on a terminal each trace is drawn: its id, then a row for the client and the server."""
+    port = free_port()
+    serve(servers.nginx(port, public_path), port)
+    ours, theirs = pty.openpty()
+    terminal = os.ttyname(theirs)
+    termios.tcsetwinsize(theirs, (24, 120))
+    drawn: list[bytes] = []
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: nobody has the other side open any more
+            while piece := os.read(ours, 65536):
+                drawn.append(piece)
+
+    def lines() -> list[str]:
+        return re.sub(r"\x1b\[[0-9;]*m", "", b"".join(drawn).decode("utf-8", "replace")).splitlines()
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    try:
+        within = ["sh", "-c", 'exec "$@" > "$0"', terminal]
+        with AgentProcess(tmp_path, None, [port], environment={"TERM": "xterm"}, within=within) as tracing:
+            curl(f"http://127.0.0.1:{port}/status/404?a=1")
+            wait_until(lambda: len(lines()) >= 4, lambda: f"a trace, not {lines()}{tracing.state()}")
+    finally:
+        os.close(theirs)  # the last one: the reader ends
+        reader.join(20)
+        os.close(ours)
+    header, _, *rows = [line for line in lines() if line]
+    assert re.match(r"trace [0-9a-f]{32}  .* 2 spans  2 services", header), lines()
+    assert len(rows) == 2, lines()
+    for row, service in zip(rows, ("curl", "nginx"), strict=True):
+        assert re.match(rf"{service} .*GET.* 404 .* \d+(\.\d+)? ?(ns|µs|ms|s)\b", row), lines()
+    assert b"\x1b[" in b"".join(drawn), "in colour"
 
 
 @pytest.mark.parametrize("name", ["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"])

@@ -5,6 +5,7 @@ cannot be seen.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import shutil
 import socket
@@ -20,7 +21,17 @@ from h2.events import StreamEnded
 from agent.kernel import uprobes
 from tests.collector import CollectedSpan
 from tests.e2e import servers
-from tests.e2e.harness import AgentProcess, Process, clean_environment, curl, free_port, one, show, wait_until
+from tests.e2e.harness import (
+    NOBODY,
+    AgentProcess,
+    Process,
+    clean_environment,
+    curl,
+    free_port,
+    one,
+    show,
+    wait_until,
+)
 from tests.e2e.load import run_wrk
 from tests.e2e.scripted import close_with_reset
 from tests.e2e.servers import APPS, STATUSES, Server
@@ -557,6 +568,56 @@ def test_the_capabilities_that_tls_needs(admin, collector, serve, public_path: P
         assert secure_curl(f"https://localhost:{port}/status/200?id=1", pem=pem).returncode == 0
         assert curl(f"http://127.0.0.1:{plain}/status/200?id=2").returncode == 0
         assert_pairs(tracing.exact_spans(4 if is_seen else 2), 2 if is_seen else 1)
+
+
+@pytest.mark.skipif(not uprobes.has_links(), reason="HTTPS needs CAP_SYS_ADMIN here, which is tested above")
+@pytest.mark.parametrize(
+    ("missing", "seen"),
+    [
+        ("", {"root's", "another user's", "closed"}),
+        ("DAC_READ_SEARCH", {"root's", "another user's"}),
+        ("SYS_PTRACE", set()),
+    ],
+)
+def test_the_capabilities_that_open_processes_for_tls(
+    missing: str, seen: set[str], collector, serve, public_path: Path, pem: Path, tmp_path: Path
+):
+    """Without CAP_SYS_PTRACE no memory map can be read, and no HTTPS is seen. Without CAP_DAC_READ_SEARCH all is seen
+    but that of a library that only another user may read. What is in the clear is seen all the same.
+    """
+    ports = {name: free_port() for name in ("root's", "another user's", "closed")}
+    plain = free_port()
+    processes = {}
+    for name, port in ports.items():
+        # Each has a copy of the library that nobody else on the host uses.
+        library = public_path / f"library-{port}"
+        environment = own_library(library)
+        if name == "closed":
+            shutil.chown(library, NOBODY)
+            library.chmod(0o700)
+        if name == "root's":
+            made = serving("nginx-1.3", port, public_path, pem)
+        else:
+            made = serving("python-ssl", port, public_path, pem)
+            made = dataclasses.replace(made, arguments=["setpriv", "--reuid", str(NOBODY), *made.arguments])
+        processes[name] = serve(dataclasses.replace(made, environment=environment), port)
+    serve(servers.python_threads(plain, public_path), plain)
+    kept = [name for name in ("BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH") if name != missing]
+    within = dropping_all_but(kept)
+    with AgentProcess(tmp_path, collector, [*ports.values(), plain], within=within) as tracing:
+        wait_until(lambda: '"event":"tls_on"' in tracing.stderr(), tracing.state)  # and what runs already is watched
+        for port in ports.values():
+            assert secure_curl(f"https://localhost:{port}/status/200", pem=pem).returncode == 0
+        assert curl(f"http://127.0.0.1:{plain}/status/200").returncode == 0
+        tracing.wait_for_spans(1, port=plain, kind="SERVER")
+        executable = Path(SYSTEM_PYTHON).resolve().name
+        named = f'"event":"tls_not_seen","executable":"{executable}","pid":{processes["closed"].pid},'
+        wait_until(
+            lambda: tracing.spans(ports["closed"], "SERVER") or named in tracing.stderr(),
+            lambda: f"what is closed is seen, or it is said that it is not{tracing.state()}",
+        )
+        tracing.settle()
+        assert {name for name, port in ports.items() if tracing.spans(port, "SERVER")} == seen, tracing.state()
 
 
 def test_what_is_no_http_over_tls_is_left_alone(tls_agent, start, public_path: Path, pem: Path):

@@ -7,8 +7,10 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from agent.elf import function_offsets
+from agent.elf import ReadAt, function_offsets
 
 CODE, CODE_ADDRESS = 0x1000, 0x401000
 
@@ -31,6 +33,44 @@ def make(functions: dict[str, int], kind: int = 11, filler: int = 0) -> bytes:
     sections += struct.pack("<IIQQQQIIQQ", 0, kind, 0, 0, table_at, len(table), 2, 0, 8, 24)
     sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, names_at, len(names), 0, 0, 1, 0)
     return header + segment + sections + table + names
+
+
+def files_like(*wholes: bytes) -> st.SearchStrategy[bytes]:
+    """Any bytes, any bytes behind the beginning of an ELF file, and these files changed in places, or cut."""
+
+    def changed(whole: bytes, changes: list[tuple[int, bytes]], cut: int) -> bytes:
+        data = bytearray(whole)
+        for at, new in changes:
+            data[at : at + len(new)] = new
+        return bytes(data[: len(data) - cut])
+
+    largest = max(map(len, wholes))
+    places = st.one_of(st.integers(0, 200), st.integers(0, largest))  # the headers, and anywhere
+    numbers = st.one_of(st.binary(min_size=1, max_size=16), st.sampled_from((bytes(8), b"\xff" * 8)))
+    changes = st.lists(st.tuples(places, numbers), max_size=8)
+    cuts = st.one_of(st.just(0), st.integers(0, largest))
+    return st.one_of(
+        st.binary(),
+        st.binary(max_size=2000).map(wholes[0][:20].__add__),
+        st.builds(changed, st.sampled_from(wholes), changes, cuts),
+    )
+
+
+def reading(data: bytes, reads_max: int) -> ReadAt:
+    """Reads from a file of these bytes. Asserts that pread(2) would take each offset, that no read asks for more than a
+    mebibyte, and that there are not too many.
+    """
+    reads = 0
+
+    def read_at(offset: int, count: int) -> bytes:
+        nonlocal reads
+        reads += 1
+        assert reads <= reads_max
+        assert 0 <= offset < 2**63
+        assert 0 <= count <= 1 << 20
+        return data[offset : offset + count]
+
+    return read_at
 
 
 def offsets(data: bytes, *names: str) -> dict[str, int]:
@@ -75,3 +115,12 @@ def test_the_same_as_nm_says():
     for name, offset in found.items():
         assert data[offset : offset + 4] != bytes(4)
         assert offset == addresses[name]  # its code is mapped where it lies in the file
+
+
+@settings(deadline=None, max_examples=400)
+@given(files_like(make({"SSL_read": CODE_ADDRESS}), make({"SSL_write": CODE_ADDRESS + 8, "SSL_read": CODE_ADDRESS}, 2)))
+def test_whatever_the_file_says_nothing_is_raised(data: bytes):
+    """And of a file of a few kilobytes no more is read than its headers and, twice each, four tables with names."""
+    found = function_offsets(reading(data, 3 + 4 * 2 * 2), ("SSL_read", "SSL_write"))
+    assert found.keys() <= {"SSL_read", "SSL_write"}
+    assert all(0 <= offset < 2**64 for offset in found.values())

@@ -6,8 +6,10 @@ import struct
 from contextlib import suppress
 
 import pytest
+from hypothesis import given, settings
 
 from agent.go_binary import READ, WRITE, GoCall, GoUnseenError, crypto_tls_calls
+from tests.unit.test_elf import files_like, reading
 
 CODE, CODE_ADDRESS = 0x200, 0x401200
 DATA, DATA_ADDRESS = 0x400, 0x601400
@@ -157,3 +159,34 @@ def test_what_is_cut_or_changed_raises_nothing_else():
             continue
         for call in found:
             assert all(0 <= offset < len(whole) for offset in (call.entry, *call.returns))
+
+
+REASONS = {"go_old", "go_no_tls", "go_layout", "go_code"}
+READS_MAX = 1000
+"""A file of two kilobytes has at most 40 segments and 8 places that look like the table. For each of these places the
+code's start may be looked for in all segments, with three reads each.
+"""
+
+
+@settings(deadline=None, max_examples=400)
+@given(
+    files_like(
+        make(),
+        make(has_sections=False),
+        make(magic=GO_1_17),
+        make(magic=GO_1_18, start=CODE_ADDRESS),
+        make(AARCH64_CODE, AARCH64_CODE, machine=AARCH64),
+    )
+)
+def test_whatever_the_file_says_there_is_an_answer_or_a_reason(data: bytes):
+    """Nothing else is raised, the answer lies within the file, and the number of reads is bounded."""
+    refused = ""
+    found: tuple[GoCall, ...] = ()
+    try:
+        found = crypto_tls_calls(reading(data, READS_MAX))
+    except GoUnseenError as error:
+        refused = error.reason
+    assert refused in (REASONS if not found else {""})
+    for call in found:
+        assert call.returns
+        assert all(0 <= offset < len(data) for offset in (call.entry, *call.returns))
