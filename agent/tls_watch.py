@@ -34,6 +34,7 @@ MAX_DESCRIPTORS = 65536
 OTHER_DESCRIPTORS = 256
 """These are not for probes but for all else that the agent opens."""
 DESCRIPTORS_PER_PROBE = 2
+"""Of a perf event; a link (agent.kernel.uprobes) needs one. Room is kept for the larger number on every kernel."""
 MAX_REFUSED = 4096
 """Files that are remembered as not to be watched; of more, the oldest is tried again."""
 MAX_WAITING = 4096
@@ -363,8 +364,8 @@ class TlsWatch:
             self._leaving[identity] = self._watched.pop(identity)
 
     def _take_one_back(self) -> None:
-        """One probe of a file that is let go. The kernel takes 0.1 s for each, and whoever begins to use TLS meanwhile
-        must not wait for hundreds of them.
+        """One probe of a file that is let go. The kernel takes up to 0.1 s for each, and whoever begins to use TLS
+        meanwhile must not wait for hundreds of them.
         """
         identity, watched = next(iter(self._leaving.items()))
         self._probes.unwatch([watched.links.pop()])  # beginnings first, see _release()

@@ -371,7 +371,7 @@ def _capability(bit: int) -> Callable[[], Finding]:
 _CAPABILITIES = (  # include/uapi/linux/capability.h
     ("CAP_BPF", 39, REQUIRED, "loads the programs"),
     ("CAP_PERFMON", 38, REQUIRED, "lets them read the kernel, and attaches them"),
-    ("CAP_SYS_ADMIN", _CAP_SYS_ADMIN, NICER, "stands in for the two above"),
+    ("CAP_SYS_ADMIN", _CAP_SYS_ADMIN, NICER, "stands in for the two above; before Linux 6.6 HTTPS needs it"),
     ("CAP_SYS_PTRACE", 19, NICER, "names the programs of other users"),
     ("CAP_SYS_RESOURCE", 24, NICER, "raises RLIMIT_MEMLOCK where maps count against it"),
     ("CAP_DAC_READ_SEARCH", 2, NICER, "reads the environment of other users' programs, which names their service"),
@@ -467,9 +467,9 @@ PROBES: tuple[Probe, ...] = (
     Probe(
         "fentry",
         "fentry",
-        NICER,
+        LATER,
         "the capture in the socket layer on kernels without its tracepoints",
-        "a kernel with CONFIG_FUNCTION_TRACER=y, on arm64 6.4 or later",
+        "a kernel with CONFIG_FUNCTION_TRACER=y, on arm64 6.4 or later; nothing is captured through it yet",
         _attaches("check_fentry"),
     ),
     Probe(
@@ -504,7 +504,7 @@ PROBES: tuple[Probe, ...] = (
         "cgroup",
         "cgroup v2",
         LATER,
-        "header injection is attached to it; containers by cgroup id",
+        "header injection is attached to it; pods are told from cgroups of either version",
         "mount -t cgroup2 none /sys/fs/cgroup/unified, or boot with systemd.unified_cgroup_hierarchy=1",
         _guarded(_find_cgroup, "read /proc/self/mounts"),
     ),

@@ -47,7 +47,8 @@ _READ_BYTES = 64 << 10
 
 _REASONS = {401: "unauthorized", 403: "forbidden", 404: "not_found", 409: "conflict", 410: "gone"}
 _REASONS |= {429: "too_many_requests"}
-_READ_VERBS = ("get", "list", "watch")
+_FOLLOWING_VERBS = ("list", "watch")
+"""Whoever needs one of them needs the other."""
 
 
 class ApiError(SpanloomError):
@@ -515,7 +516,7 @@ def missing_rule(method: str, path: str, query: Mapping[str, object] | None) -> 
         verb = "watch"
     else:
         verb = "get" if len(segments) > 1 else "list"
-    needed = ", ".join(_READ_VERBS if verb in _READ_VERBS else (verb,))
+    needed = ", ".join(_FOLLOWING_VERBS if verb in _FOLLOWING_VERBS else (verb,))
     where, kind = (f"in namespace {namespace}", "Role") if namespace else ("at cluster scope", "ClusterRole")
     return _printable(
         f"forbidden: the service account may not {verb} {resource} {where}: it needs {needed} on {resource} ({kind})"

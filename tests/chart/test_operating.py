@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import itertools
 import re
@@ -79,6 +80,46 @@ def test_names_exist(page: Path):
         if not is_right:
             wrong.append(text)
     assert wrong == []
+
+
+def texts(node: ast.AST) -> set[str]:
+    """The strings in a piece of code, which are what it may say; not its docstrings."""
+    docstrings = {id(part.value) for part in ast.walk(node) if isinstance(part, ast.Expr)}
+    return {
+        part.value
+        for part in ast.walk(node)
+        if isinstance(part, ast.Constant) and isinstance(part.value, str) and id(part) not in docstrings
+    }
+
+
+def reasons_of_unseen_tls() -> set[str]:
+    """What the code may count in `spanloom_tls_unseen_processes_total`: what it reports itself, why it refuses a file
+    that a process runs, and why a Go program's functions are not found.
+    """
+    found: set[str] = set()
+    for name in ("tls_watch", "tls_libraries", "go_binary"):
+        for node in ast.walk(ast.parse((REPOSITORY / "agent" / f"{name}.py").read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Attribute(attr="_report" | "_refuse"), args=[_, reason, *_]):
+                    found |= texts(reason)
+                case ast.Call(func=ast.Name(id="GoUnseenError"), args=[reason]):
+                    found |= texts(reason)
+                case ast.Subscript(value=ast.Attribute(attr="unseen"), slice=reason):
+                    found |= texts(reason)
+                case ast.FunctionDef(name="_use" | "_watch" | "why_unseen"):
+                    for part in ast.walk(node):
+                        if isinstance(part, ast.Return):
+                            found |= texts(part) - {""}
+    return found
+
+
+def test_every_reason_why_tls_is_not_seen_is_explained():
+    """The row of the table has those that the code can count, and no others."""
+    (row,) = re.findall(r"^\| [^|]+ \| `spanloom_tls_unseen_processes_total`[^|]*\|(.*)\|$", GUIDE.read_text(), re.M)
+    explained = re.findall(r"`(\w+)`", " ".join(re.findall(r"((?:`\w+`(?:, )?)+):", row)))
+    counted = reasons_of_unseen_tls()
+    assert {"java", "gone", "stacks", "too_many", "go_old", "error"} <= counted
+    assert sorted(explained) == sorted(counted)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(REPOSITORY)))

@@ -75,7 +75,7 @@ def test_a_rule_is_missing(api: ApiServer, in_cluster, application, verb: str):
     [said] = events(tracing, "kube_unavailable")
     assert said["reason"] == "forbidden"
     assert f"may not {verb} pods at cluster scope" in said["error"]
-    assert "needs get, list, watch on pods (ClusterRole)" in said["error"]
+    assert "it needs list, watch on pods (ClusterRole)" in said["error"]
     api.deny = set()
     wait_until_connected(tracing)
     assert shop.is_complete(shop.request(tracing))

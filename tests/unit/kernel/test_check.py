@@ -27,9 +27,9 @@ class FakeCapture:
         if self.error is not None:
             raise self.error
 
-    backend = "sockets"
-    hooks = "fentry"
-    reasons = ("there is no tracepoint", "no other")
+    backend = "syscalls"
+    hooks = "system calls"
+    reasons = ("there is no tracepoint",)
 
     def __enter__(self) -> FakeCapture:
         return self
@@ -79,7 +79,7 @@ def test_everything_allowed_is_exit_code_zero_without_a_remedy(machine):
 def test_the_row_of_the_capture_says_what_was_chosen_and_why(machine):
     """Which backend, by what, and what stands against a cheaper one."""
     detail = machine().checks["capture"].detail
-    assert detail.startswith("backend sockets by fentry, because there is no tracepoint, and no other; 2 programs")
+    assert detail.startswith("backend syscalls by system calls, because there is no tracepoint; 2 programs")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +129,9 @@ def test_every_row_that_matters_has_a_remedy_when_it_is_missing(machine):
 
 
 def test_rows_do_not_promise_what_another_backend_does(machine):
-    """Where the socket backend captures, a lack of fentry or kprobes changes nothing: only its own row names system
-    calls as what is used instead."""
+    """A lack of fentry or kprobes changes nothing: only the row of the socket backend names system calls as what is
+    used instead.
+    """
     found = machine(**{key: Finding(NO) for key in KEYS[:-1]})
     assert {key for key, row in found.checks.items() if "system calls" in row.remedy} == {"socket_tracepoints"}
     assert "6.16" in found.checks["socket_tracepoints"].remedy
@@ -158,6 +159,14 @@ def test_the_environment_of_others_is_needed_now():
     (row,) = (probe for probe in PROBES if probe.key == "cap_dac_read_search")
     assert row.need == NICER
     assert "environment" in row.purpose
+
+
+@pytest.mark.parametrize("key", ["fentry", "kprobe"])
+def test_what_captures_nothing_yet_is_for_later(machine, key):
+    """No setting leads to these hooks (docs/adr/0017): whoever lacks them loses nothing, and is told so."""
+    row = machine(**{key: Finding(NO)}).checks[key]
+    assert row.need == LATER
+    assert "nothing is captured through it yet" in row.remedy
 
 
 def test_rows_are_named_once_and_say_what_for():

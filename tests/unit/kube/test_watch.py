@@ -526,7 +526,7 @@ def test_403_says_what_is_missing_once(server, watching, caplog, verb):
     assert [name for name, _ in said] == ["kube_unavailable", "kube_connected"]
     assert said[0][1]["reason"] == "forbidden"
     assert said[0][1]["error"] == (
-        f"forbidden: the service account may not {verb} pods at cluster scope: it needs get, list, watch on pods "
+        f"forbidden: the service account may not {verb} pods at cluster scope: it needs list, watch on pods "
         "(ClusterRole)"
     )
 
