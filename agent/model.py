@@ -91,7 +91,8 @@ class Exchange(msgspec.Struct, frozen=True, gc=False):
     ``response`` are the captured head bytes (they may include the beginning of a body, and may be cut at the capture
     limit). Times are CLOCK_MONOTONIC nanoseconds, 0 when not reached. Addresses are 16 bytes, IPv4 as IPv4-mapped IPv6.
     ``request_bytes`` and ``response_bytes`` count head and body as seen on the socket. ``tail`` holds the last
-    ``min(8, response_bytes)`` response bytes, right-aligned, when ``Flag.TAIL_VALID`` is set.
+    ``min(8, response_bytes)`` response bytes, right-aligned, when ``Flag.TAIL_VALID`` is set. ``tls`` is the version
+    and, in its low 16 bits, the cipher suite, as numbers of TLS; 0: no TLS, or they were not seen.
     """
 
     role: int
@@ -117,6 +118,7 @@ class Exchange(msgspec.Struct, frozen=True, gc=False):
     response_captured: int
     remote_address: bytes
     tail: bytes
+    tls: int
     request: bytes
     response: bytes
 
@@ -152,6 +154,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
 
     ``direction`` is 1 for request bytes, 2 for response bytes. ``offset`` counts the bytes of this direction before the
     segment since the connection entered stream mode. ``length`` above ``len(data)`` means a gap at the segment's end.
+    ``tls``: see Exchange.
     """
 
     kind: int
@@ -171,6 +174,7 @@ class Segment(msgspec.Struct, frozen=True, gc=False):
     remote_port: int
     local_address: bytes
     remote_address: bytes
+    tls: int
     data: bytes
 
 

@@ -129,7 +129,7 @@ int sweep(struct bpf_iter__bpf_map_elem *context)
 		active_ns = connection->exchange.response_end_ns;
 	if (open && active_ns < connection->exchange.request_end_ns)
 		active_ns = connection->exchange.request_end_ns;
-	if (connection->lingers && now > active_ns + LINGER_NS) {
+	if (connection->lingers && (draining || now > active_ns + LINGER_NS)) {
 		finish_connection(connection, connection->closed_end, connection->closed_ns);
 		forget(key);
 		return 0;

@@ -120,6 +120,8 @@ struct record_exchange {
 	__u8 local_address[16]; /* IPv6, or IPv4-mapped IPv6 */
 	__u8 remote_address[16];
 	__u8 tail[8];
+	__u32 tls; /* version << 16 | cipher suite that the ends agreed on, as TLS has them; 0: no TLS, or not seen */
+	__u8 _pad[4];
 };
 
 /* Followed by the names of the process's cgroup in v2 and of those above it, without the root, each with a 0 behind it,
@@ -160,6 +162,8 @@ struct record_segment {
 	__u16 remote_port;
 	__u8 local_address[16];
 	__u8 remote_address[16];
+	__u32 tls; /* as in record_exchange */
+	__u8 _pad[4];
 };
 
 struct record_peer {

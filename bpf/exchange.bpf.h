@@ -47,6 +47,7 @@ enum look {
 	LOOKS_TLS = 1 << 3,
 	LOOK_FAILED = 1 << 4, /* no bytes, or memory that cannot be read */
 	LOOKS_HEADERS = 1 << 5, /* perhaps a frame of HTTP/2 with a whole header block */
+	LOOKS_HELLO = 1 << 6,   /* is_server_hello() */
 };
 
 /* A function of its own so that the verifier walks it once, not once per way in which the bytes were gathered. */
@@ -66,7 +67,8 @@ __noinline int judge(__u64 word, __u64 length)
 	if (looks_like_headers(word) && length >= 8 && http2_enabled)
 		return LOOKS_HEADERS;
 	return (is_request(&first) ? LOOKS_REQUEST : 0) | (is_common_request(&first) ? LOOKS_COMMON_REQUEST : 0) |
-	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0);
+	       (is_response(&first) ? LOOKS_RESPONSE : 0) | (is_tls(&first) ? LOOKS_TLS : 0) |
+	       (is_server_hello(&first) ? LOOKS_HELLO : 0);
 }
 
 /* `address` is that of the bytes, or of iov_count iovecs. Returns enum look. Global for the reason given at
@@ -1350,6 +1352,91 @@ static __always_inline void remember_endpoint(struct connection *connection)
 		count(COUNTER_ENDPOINT_FULL);
 }
 
+/* The beginning of a ServerHello, up to the session id's bytes; the cipher suite is behind these. */
+struct server_hello {
+	__u8 type;
+	__u8 length[3];
+	__u8 version[2];
+	__u8 random[32];
+	__u8 session_id_length;
+};
+
+#define TLS_1_3 0x0304
+#define SESSION_ID_MAX 32
+
+static __always_inline __u32 ports_of(__u64 sock)
+{
+	return BPF_CORE_READ((struct sock *)sock, __sk_common.skc_dport) << 16 |
+	       BPF_CORE_READ((struct sock *)sock, __sk_common.skc_num);
+}
+
+/* Keeps what the ends of a TLS connection have agreed on, from a transfer that looks like a ServerHello: for its connection
+ * or, before that is tied to an object, for the socket. `address` is that of the bytes, or of iovecs, of which the first
+ * is read. Global for the reason given at absorb_iovecs().
+ */
+__noinline int read_hello(__u64 sock, __u64 address, __u64 iov_count, __u64 length)
+{
+	struct hello hello = {};
+	struct server_hello message;
+	struct connection *connection;
+	__u8 record = 0, suite[2];
+
+	if (iov_count) {
+		struct user_iovec iovec;
+
+		if (!read_iovec(&iovec, address, 0))
+			goto fault;
+		address = iovec.base;
+		if (iovec.length < length)
+			length = iovec.length;
+	}
+	if (length < TLS_RECORD_HEAD_BYTES + sizeof(message))
+		return 0;
+	if (bpf_probe_read_user(&record, sizeof(record), (void *)address))
+		goto fault;
+	if (record == TLS_HANDSHAKE_RECORD) {
+		address += TLS_RECORD_HEAD_BYTES;
+		length -= TLS_RECORD_HEAD_BYTES;
+	}
+	if (bpf_probe_read_user(&message, sizeof(message), (void *)address))
+		goto fault;
+	if (message.type != TLS_SERVER_HELLO || message.version[0] != 3 || message.session_id_length > SESSION_ID_MAX ||
+	    length < sizeof(message) + message.session_id_length + sizeof(suite))
+		return 0;
+	if (bpf_probe_read_user(suite, sizeof(suite), (void *)(address + sizeof(message) + message.session_id_length)))
+		goto fault;
+	/* TLS 1.3 calls itself 1.2 here, but has cipher suites of its own (RFC 8446 appendix B.4). */
+	hello.tls = (__u32)(suite[0] == 0x13 ? TLS_1_3 : 3 << 8 | message.version[1]) << 16 | suite[0] << 8 | suite[1];
+	connection = bpf_map_lookup_elem(&connections, &sock);
+	if (connection) {
+		if (connection->tls)
+			connection->exchange.tls = hello.tls;
+		return 0;
+	}
+	hello.ports = ports_of(sock);
+	bpf_map_update_elem(&hellos, &sock, &hello, BPF_ANY);
+	return 0;
+fault:
+	count(COUNTER_READ_FAULT);
+	return 0;
+}
+
+#define HELLO_LOOKS 8 /* a client sees it first or second; who joins a connection later never does */
+
+/* Of a connection that carries TLS: whether its ServerHello may be yet to come. */
+static __always_inline bool awaits_hello(const struct connection *connection)
+{
+	return !connection->exchange.tls && connection->hello_looks < HELLO_LOOKS && connection->mode != MODE_IGNORED;
+}
+
+static __always_inline void look_for_hello(struct connection *connection, const struct transfer *transfer)
+{
+	connection->hello_looks++;
+	if (look(transfer) & LOOKS_HELLO)
+		read_hello(connection->sock, transfer->iov ? transfer->iov : transfer->buffer,
+			   transfer->iov ? transfer->iov_count : 0, transfer->length);
+}
+
 /* tls.bpf.h: TLS records went through a socket, or are about to. */
 __noinline int on_tls_records(__u64 sock, __u64 egress);
 /* The same for a connection that is known to carry TLS. Nearly always they are moved within a call for its own object.
@@ -1435,11 +1522,15 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 					  transfer->iov ? transfer->iov_count : 0, transfer->length);
 	if (!(looks & LOOKS_REQUEST) && !joined) {
 		count(looks & LOOKS_TLS ? COUNTER_IGNORED_TLS : COUNTER_IGNORED_OTHER);
-		if ((looks & LOOKS_TLS) && tls_enabled && (!socket || is_tcp(socket, sock))) {
+		if ((looks & (LOOKS_TLS | LOOKS_HELLO)) && tls_enabled && (!socket || is_tcp(socket, sock))) {
 			__u64 number = 0;
 
 			/* A global function takes numbers only: read back, the trusted pointer is one. */
-			if (!bpf_probe_read_kernel(&number, sizeof(number), &key))
+			bpf_probe_read_kernel(&number, sizeof(number), &key);
+			if (looks & LOOKS_HELLO)
+				read_hello(number, transfer->iov ? transfer->iov : transfer->buffer,
+					   transfer->iov ? transfer->iov_count : 0, transfer->length);
+			if (looks & LOOKS_TLS)
 				on_tls_records(number, egress);
 		}
 		return 0;
@@ -1499,8 +1590,11 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	bool response;
 
 	if (connection && connection->tls) {
-		if (!on_tls_bytes(connection, egress, pid_tgid))
+		if (!on_tls_bytes(connection, egress, pid_tgid)) {
+			if (awaits_hello(connection))
+				look_for_hello(connection, transfer);
 			return;
+		}
 		connection = 0;
 	}
 	if (connection && (connection->state == STATE_IDLE || connection->lingers) &&

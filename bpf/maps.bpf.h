@@ -78,7 +78,7 @@ struct connection {
 	__u32 write_seq;    /* socket backend: TCP's number of the first byte of the write handled last */
 	__u32 received_seq; /* socket backend: TCP's number of the next byte to be read, as far as reads were seen */
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
-	__u32 _pad1;
+	__u32 hello_looks; /* transfers of the connection that were looked at for a ServerHello, and were none */
 	__u8 undo_state;
 	__u8 write_is_response;
 	__u8 state;
@@ -245,6 +245,11 @@ struct tls_thread {
 	__u8 _pad[2];
 };
 
+struct hello {
+	__u32 tls;    /* see record_exchange */
+	__u32 ports; /* of the socket: another connection may get its address */
+};
+
 /* Key: tid. Inserted by the thread's first call of a TLS library, or the first TLS bytes that it receives while one is
  * watched; deleted at thread exit. Full: the thread's TLS is not seen, counted as tls_full.
  */
@@ -255,6 +260,16 @@ struct {
 	__type(key, __u32);
 	__type(value, struct tls_thread);
 } tls_threads SEC(".maps");
+
+/* Key: address of the struct sock. Inserted when a ServerHello goes through a socket that no TLS object is known to be tied
+ * to; deleted when one is. What stays, of programs that are not watched, is pushed out by what is newer.
+ */
+struct {
+	__uint(type, BPF_MAP_TYPE_LRU_HASH);
+	__uint(max_entries, 1024);
+	__type(key, __u64);
+	__type(value, struct hello);
+} hellos SEC(".maps");
 
 /* Key: server port, host byte order. Value: 1 selected, 0 not. Written by user space before attaching. Cannot fill. */
 struct {

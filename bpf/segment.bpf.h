@@ -82,6 +82,7 @@ static __always_inline void fill_segment(struct segment_scratch *scratch, struct
 	scratch->record.direction = direction;
 	scratch->record.captured = 0;
 	scratch->record.flags = connection->tls ? SEGMENT_TLS : 0;
+	scratch->record.tls = exchange->tls;
 	scratch->record.connection_id = exchange->connection_id;
 	scratch->record.process_start_ns = exchange->process_start_ns;
 	scratch->record.time_ns = now;

@@ -86,4 +86,18 @@ static __always_inline bool is_tls(const struct first_bytes *first)
 	       FIRST_BYTE(first, 1) == 3 && FIRST_BYTE(first, 2) <= 4;
 }
 
+#define TLS_HANDSHAKE_RECORD 22
+#define TLS_RECORD_HEAD_BYTES 5
+#define TLS_SERVER_HELLO 2
+
+/* A ServerHello (RFC 8446 section 4.1.3), behind the head of its record or, as OpenSSL's clients read it, without. */
+static __always_inline bool is_server_hello(const struct first_bytes *first)
+{
+	if (first->length < 8)
+		return false;
+	if (FIRST_BYTE(first, 0) == TLS_HANDSHAKE_RECORD)
+		return FIRST_BYTE(first, 1) == 3 && FIRST_BYTE(first, 5) == TLS_SERVER_HELLO;
+	return FIRST_BYTE(first, 0) == TLS_SERVER_HELLO && !FIRST_BYTE(first, 1) && FIRST_BYTE(first, 4) == 3;
+}
+
 #endif

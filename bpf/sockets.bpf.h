@@ -68,6 +68,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	struct connection *connection;
 	struct transfer transfer = {};
 	struct process *process;
+	bool is_hello = false;
 	struct send *send;
 	__u64 streams;
 	__u32 zero = 0;
@@ -88,9 +89,12 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	connection = connection_of(sock);
 	if (connection && connection->tls) {
 		send->offered = transfer.length;
-		if (!on_tls_bytes(connection, true, pid_tgid))
+		if (on_tls_bytes(connection, true, pid_tgid))
+			connection = 0;
+		else if (awaits_hello(connection))
+			is_hello = true; /* perhaps */
+		else
 			return 0; /* what they are need not be looked at */
-		connection = 0;
 	}
 	if (!connection) {
 		if (!is_captured(pid_tgid, &process)) {
@@ -110,6 +114,10 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		transfer.iov_count = message->msg_iter.nr_segs;
 	}
 	simplify(&transfer);
+	if (is_hello) {
+		look_for_hello(connection, &transfer);
+		return 0;
+	}
 	transfer.sequence = as_tcp(sock)->write_seq;
 	streams = streams_entered;
 	send->may_stream = connection && connection->mode == MODE_STREAM;
@@ -181,6 +189,7 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	struct connection *connection;
 	struct transfer transfer = {};
 	struct process *process;
+	bool is_hello = false;
 	syscall_regs *regs;
 	__u64 pid_tgid;
 
@@ -189,9 +198,12 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	pid_tgid = bpf_get_current_pid_tgid();
 	connection = connection_of(sock);
 	if (connection && connection->tls) {
-		if (!on_tls_bytes(connection, false, pid_tgid))
+		if (on_tls_bytes(connection, false, pid_tgid))
+			connection = 0;
+		else if (awaits_hello(connection))
+			is_hello = true; /* perhaps */
+		else
 			return 0;
-		connection = 0;
 	}
 	if (!connection && !is_captured(pid_tgid, &process))
 		return 0;
@@ -201,8 +213,11 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	transfer.length = moved;
 	if (!(flags & MSG_TRUNC) && bytes_of_call(regs, &transfer, connection)) {
 		simplify(&transfer);
-		on_transfer(connection, 0, 0, sock, &transfer, false, false, pid_tgid);
-	} else if (connection) {
+		if (is_hello)
+			look_for_hello(connection, &transfer);
+		else
+			on_transfer(connection, 0, 0, sock, &transfer, false, false, pid_tgid);
+	} else if (connection && !is_hello) {
 		connection->received_seq += moved;
 		on_bodiless_bytes(connection, moved, false);
 	}

@@ -113,6 +113,7 @@ __noinline int tie(__u64 object, __u64 sock, __u64 is_memory)
 	struct tls_object tied = { .sock = sock, .is_memory = is_memory };
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 	struct tls_object *older;
+	struct hello *hello;
 
 	older = bpf_map_lookup_elem(&tls_objects, &key);
 	if (older) {
@@ -139,6 +140,10 @@ __noinline int tie(__u64 object, __u64 sock, __u64 is_memory)
 		connection->exchange.kind = RECORD_EXCHANGE;
 		connection->exchange.connection_id = random_id();
 		read_identity((struct sock *)sock, &connection->exchange);
+		hello = bpf_map_lookup_elem(&hellos, &sock);
+		if (hello && hello->ports == ports_of(sock))
+			connection->exchange.tls = hello->tls;
+		bpf_map_delete_elem(&hellos, &sock);
 	}
 	untie(connection);
 	tied.connection_id = connection->exchange.connection_id;

@@ -108,7 +108,7 @@ def as_call(http: Call, exchange: Exchange, request_head_bytes: int, response_he
         http.other_contexts,
         http.request_id,
         http.complete,
-        (),
+        http.groups,
         http.decision,
     )
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from agent.errors import ProtocolError
 from agent.model import AttributeGroup, Attributes, Call, End, Exchange, Flag, Role, TraceContext
-from agent.protocols import grpc_web
+from agent.protocols import grpc_web, tls
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import MEMO_LINE_BYTES, LineMemo, Memo, UnusualLineEnd
 from agent.protocols.http1_outcome import METHOD_MEANING, OVERLAPPED, failure, is_whole
@@ -124,7 +124,10 @@ class Http1(HttpProtocol):
                     context = self._context_of(after[:_TRACEPARENT_BYTES], trace_state) if mark else None
                     if context is not None or not mark:
                         peer = peers[exchange.remote_address, exchange.remote_port]
-                        return Call(name, (), error, context, (), "", True, (group, peer, answered))
+                        groups = (group, peer, answered)
+                        if exchange.tls:
+                            groups += (tls.attributes_of(exchange.tls),)
+                        return Call(name, (), error, context, (), "", True, groups)
         call, target, is_forwarded = self._parse_anew(exchange)
         if (
             target is not None
@@ -267,7 +270,8 @@ class Http1(HttpProtocol):
             if whole or exchange.end > _QUIET:
                 for format_name, count in malformed.items():
                     self._malformed[format_name] += count
-        call = Call(name, attributes, error, context, others, request_id, whole, (), decision)
+        groups = (tls.attributes_of(exchange.tls),) if exchange.tls else ()
+        call = Call(name, attributes, error, context, others, request_id, whole, groups, decision)
         if request.startswith(b"POST ") and grpc_web.MARK in request:
             # What becomes of it is in its body: no two are alike.
             return grpc_web.as_call(call, exchange, request_head_bytes, response_head_bytes), None, is_forwarded

@@ -312,6 +312,7 @@ class PipelinedConnection:
                 response_captured=len(response.head),
                 remote_address=segment.remote_address,
                 tail=response.tail.rjust(8, b"\0"),
+                tls=segment.tls,
                 request=request.head,
                 response=response.head,
             )

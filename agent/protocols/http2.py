@@ -16,8 +16,8 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from agent.errors import ProtocolError
-from agent.model import AttributeGroup, Attributes, Call, Role, TraceContext
-from agent.protocols import grpc
+from agent.model import AttributeGroup, Attributes, Call, Exchange, Role, Segment, TraceContext
+from agent.protocols import grpc, tls
 from agent.protocols import http1_syntax as syntax
 from agent.protocols.http1_memo import Memo
 from agent.protocols.http1_outcome import CONNECT, HEAD
@@ -308,15 +308,15 @@ class Http2(HttpProtocol):
     def http_call(
         self,
         asked: Asked,
-        role: int,
-        peer: tuple[bytes, int],
+        segment: Segment | Exchange,
         answer: Answer | None,
         cause: str,
         sizes: tuple[int, int],
     ) -> Call:
         """Put the call of a plain HTTP exchange together. ``cause``: why its response is not whole, "" when it is.
 
-        ``sizes``: bytes of the bodies of the request and the response, below 0 when that is not known.
+        ``segment``: one of the connection, or the exchange that it began with. ``sizes``: bytes of the bodies of the
+        request and the response, below 0 when that is not known.
         """
         request, context, others, request_id, decision, _ = asked
         ending, is_bad = self._endings[answer, request.meaning, not cause, sizes]
@@ -324,14 +324,13 @@ class Http2(HttpProtocol):
         if cause and not is_bad:
             attributes = (("error.type", cause),)
             is_bad = True
-        groups = (request.attributes, self._peer(request, role, peer), ending)
+        groups = self._groups(request, request.attributes, segment, ending)
         return Call(request.name, attributes, is_bad, context, others, request_id, not cause, groups, decision)
 
     def rpc_call(
         self,
         asked: Asked,
-        role: int,
-        peer: tuple[bytes, int],
+        segment: Segment | Exchange,
         answers: tuple[Answer | None, Answer | None],
         cause: str,
         status: str,
@@ -342,19 +341,26 @@ class Http2(HttpProtocol):
         ``answers``: the response's header block and its trailers. ``messages``: those of the request and the response.
         """
         request, context, others, request_id, decision, _ = asked
-        rpc = request.rpc
+        rpc, role = request.rpc, segment.role
         assert rpc is not None
         ending, is_bad = self._rpc_endings[answers, role, cause, status, messages]
         is_unknown = status == "UNIMPLEMENTED" and role == _SERVER
         group = rpc.unknown_attributes if is_unknown else rpc.attributes
-        groups = (group, self._peer(request, role, peer), ending)
+        groups = self._groups(request, group, segment, ending)
         name = "grpc" if is_unknown else rpc.name
         return Call(name, (), is_bad, context, others, request_id, not cause, groups, decision)
 
-    def _peer(self, request: Request, role: int, peer: tuple[bytes, int]) -> AttributeGroup:
-        if role != _SERVER:
-            return self._called_peers[peer]
-        return self._peers[peer] if request.is_forwarded else self._client_peers[peer]
+    def _groups(
+        self, request: Request, attributes: AttributeGroup, segment: Segment | Exchange, ending: AttributeGroup
+    ) -> tuple[AttributeGroup, ...]:
+        if segment.role != _SERVER:
+            peers = self._called_peers
+        else:
+            peers = self._peers if request.is_forwarded else self._client_peers
+        peer = peers[segment.remote_address, segment.remote_port]
+        if segment.tls:
+            return attributes, peer, ending, tls.attributes_of(segment.tls)
+        return attributes, peer, ending
 
 
 def _read_target(method: bytes, scheme: bytes | None, path: bytes, is_connect: bool) -> Target:

@@ -131,6 +131,7 @@ def exchange_of(
         0,  # response_captured
         segment.remote_address,
         _NO_TAIL,
+        segment.tls,
         b"",
         b"",
     )
@@ -150,10 +151,12 @@ def continued(exchange: Exchange, begun: Exchange) -> Exchange:
     )
 
 
-def call_of(
-    protocol: Http2, stream: Stream, role: int, peer: tuple[bytes, int], end: int, cause: str, end_ns: int
-) -> Call:
-    """Return the call of a stream that ended; ``cause`` is what cut it short, "" when its response is whole."""
+def call_of(protocol: Http2, stream: Stream, segment: Segment | Exchange, end: int, cause: str, end_ns: int) -> Call:
+    """Return the call of a stream that ended; ``cause`` is what cut it short, "" when its response is whole.
+
+    ``segment`` is one of its connection, or the exchange that it began with.
+    """
+    role = segment.role
     asked, answer, request, response = stream.asked, stream.answer, stream.request, stream.response
     if asked[0].rpc is not None and protocol.is_rpc(asked[0], answer, stream.trailers):
         # An answer may come while the request goes on, or while the loss of its last segments has not shown yet.
@@ -163,12 +166,12 @@ def call_of(
             response.messages.count if response is not None and response.messages is not None else 0,
         )
         status = _rpc_status(stream, role, end, cause, end_ns)
-        return protocol.rpc_call(asked, role, peer, (answer, stream.trailers), cause, status, messages)
+        return protocol.rpc_call(asked, segment, (answer, stream.trailers), cause, status, messages)
     sizes = (
         request.body_bytes if stream.request_ended and request.is_exact else UNKNOWN_AMOUNT,
         response.body_bytes if response is not None and response.is_exact and end == _NEXT else UNKNOWN_AMOUNT,
     )
-    return protocol.http_call(asked, role, peer, answer, cause, sizes)
+    return protocol.http_call(asked, segment, answer, cause, sizes)
 
 
 def _rpc_status(stream: Stream, role: int, end: int, cause: str, end_ns: int) -> str:

@@ -231,7 +231,7 @@ class Http2Connection:
             exchange = exchange_of(segment, stream, _OPEN, begun_ns, stream_id, self.peer_connection_id)
             if stream_id == 1 and self._begun is not None:
                 exchange = continued(exchange, self._begun)
-            call = call_of(self.protocol, stream, self._role, self._peer, _OPEN, "", begun_ns)
+            call = call_of(self.protocol, stream, segment, _OPEN, "", begun_ns)
             announced.append((exchange, call))
         return announced, oldest_ns
 
@@ -551,5 +551,5 @@ class Http2Connection:
         exchange = exchange_of(segment, stream, end, end_ns, stream_id, self.peer_connection_id)
         if stream_id == 1 and self._begun is not None:
             exchange = continued(exchange, self._begun)
-        call = call_of(self.protocol, stream, self._role, self._peer, end, cause, end_ns)
+        call = call_of(self.protocol, stream, segment, end, cause, end_ns)
         self._ready.append((exchange, call))

@@ -34,6 +34,9 @@ from tests.e2e.harness import (
     show,
     wait_until,
 )
+from tests.e2e.scripted import Peer, accept, close_with_reset, connect, listen, receive, send_all
+from tests.e2e.scripted import request as make_request
+from tests.e2e.scripted import response as make_response
 
 ffi, lib = _libbpf.ffi, _libbpf.lib
 
@@ -138,6 +141,35 @@ def test_sigterm_exports_what_is_complete(tmp_path: Path, collector: Collector, 
     stopped = json.loads(tracing.stderr().splitlines()[-1])
     assert stopped["event"] == "stopped"
     assert (stopped["begun"], stopped["handed_over"], stopped["in_flight"], stopped["dropped"]) == (100, 100, 0, 0)
+
+
+def test_sigterm_behind_a_reset(tmp_path: Path, collector: Collector):
+    """A process may come with more of a connection that has just been closed; not so once the agent ends."""
+    port = free_port()
+    request, answer = make_request("/reset"), make_response()
+    with AgentProcess(tmp_path, collector, [port]) as tracing, Peer() as server:
+        server.start(_answer_all_but_one_byte, port, len(request))
+        connection = connect(port)
+        send_all(connection, request)
+        receive(connection, len(answer) - 1)
+        close_with_reset(connection)
+        server.result()
+        assert tracing.stop(timeout_seconds=30) == 0
+    stopped = json.loads(tracing.stderr().splitlines()[-1])
+    assert (stopped["begun"], stopped["handed_over"], stopped["in_flight"]) == (2, 2, 0), stopped
+    (span,) = tracing.spans(kind="SERVER")
+    assert span.attributes["error.type"] == "client_disconnect"
+
+
+def _answer_all_but_one_byte(port: int, length: int) -> None:
+    answer = make_response()
+    with listen(port) as listener, accept(listener) as connection:
+        receive(connection, length)
+        send_all(connection, answer[:-1])
+        with contextlib.suppress(ConnectionError):
+            connection.recv(1)
+        with contextlib.suppress(ConnectionError):
+            connection.sendall(answer[-1:])
 
 
 def test_sigterm_is_obeyed_under_overload(tmp_path: Path, collector: Collector, start, serve, public_path: Path):

@@ -19,6 +19,7 @@ from h2.connection import H2Connection
 from h2.events import StreamEnded
 
 from agent.kernel import uprobes
+from agent.protocols.tls import CIPHER_SUITES
 from tests.collector import CollectedSpan
 from tests.e2e import servers
 from tests.e2e.harness import (
@@ -119,6 +120,42 @@ def assert_pairs(spans: list[CollectedSpan], count: int) -> None:
         assert client.attributes["http.response.status_code"] == span.attributes["http.response.status_code"]
 
 
+def assert_agreed(spans: list[CollectedSpan], version: str) -> None:
+    """All name this version of TLS, and one cipher suite of it."""
+    agreed = {(span.attributes.get("tls.protocol.version"), span.attributes.get("tls.cipher")) for span in spans}
+    assert len(agreed) == 1, show(spans)
+    assert {span.attributes["tls.protocol.name"] for span in spans} == {"tls"}
+    named, suite = agreed.pop()
+    assert named == version
+    assert suite in CIPHER_SUITES.values()
+    assert ("_WITH_" in suite) == (version != "1.3")
+
+
+@pytest.mark.parametrize(
+    ("version", "suite", "option"),
+    [
+        ("1.2", "TLS_ECDHE_RSA_WITH_CHACHA20_POLY1305_SHA256", ["--ciphers", "ECDHE-RSA-CHACHA20-POLY1305"]),
+        ("1.2", "TLS_ECDHE_RSA_WITH_AES_128_GCM_SHA256", ["--ciphers", "ECDHE-RSA-AES128-GCM-SHA256"]),
+        ("1.3", "TLS_CHACHA20_POLY1305_SHA256", ["--tls13-ciphers", "TLS_CHACHA20_POLY1305_SHA256"]),
+        ("1.3", "TLS_AES_128_GCM_SHA256", ["--tls13-ciphers", "TLS_AES_128_GCM_SHA256", "--curves", "P-521"]),
+    ],
+)
+def test_what_the_ends_agreed_on(version, suite, option, tls_agent, serve, public_path: Path, pem: Path):
+    """The version and the cipher suite are those that the client insists on, behind a HelloRetryRequest, too."""
+    port = free_port()
+    tracing = tls_agent([port])
+    serve(nginx(port, public_path, pem, version="TLSv1.2 TLSv1.3", extra="ssl_ecdh_curve X25519:P-521;"), port)
+    wait_for_libraries(tracing)
+    limits = ["--tls-max", version] if version == "1.2" else []
+    urls = [f"https://localhost:{port}/status/200?id={number}" for number in range(3)]
+    outputs = [argument for _ in urls for argument in ("-o", "/dev/null")]
+    done = secure_curl(*limits, *option, *outputs, *urls, pem=pem)
+    assert done.returncode == 0, done.stderr
+    spans = tracing.exact_spans(6, port=port)
+    assert_agreed(spans, version)
+    assert {span.attributes["tls.cipher"] for span in spans} == {suite}
+
+
 def test_http2_over_tls(tls_agent, serve, public_path: Path, pem: Path):
     """What ALPN chose is followed as it is in the clear: requests of one connection, many at once, from both ends."""
     port = free_port()
@@ -131,6 +168,7 @@ def test_http2_over_tls(tls_agent, serve, public_path: Path, pem: Path):
     assert done.stdout.split() == [f"{status}/2".encode() for status in STATUSES], done.stderr
     spans = tracing.exact_spans(2 * len(STATUSES), port=port)
     assert_pairs(spans, len(STATUSES))
+    assert_agreed(spans, "1.3")
     for span in spans:
         assert span.attributes["network.protocol.version"] == "2"
         if span.kind == "SERVER":
@@ -193,6 +231,7 @@ def test_a_server_s_requests_are_spans(name: str, tls_agent, serve, public_path:
     assert result.stdout.split() == [str(status).encode() for status in STATUSES], result.stderr
     spans = tracing.exact_spans(2 * len(STATUSES), port=port)
     assert_pairs(spans, len(STATUSES))
+    assert_agreed(spans, "1.2" if name == "nginx-1.2" else "1.3")
     for span in spans:
         attributes = span.attributes
         status = attributes["http.response.status_code"]
@@ -257,6 +296,7 @@ def test_a_client_s_requests_are_spans(name: str, server: str, tls_agent, serve,
     run()
     spans = tracing.exact_spans(earlier + 2 * count, port=port)[earlier:]
     assert_pairs(spans, count)
+    assert_agreed(spans, "1.2" if server == "nginx-1.2" else "1.3")
     assert {span.attributes.get("url.scheme", "https") for span in spans} == {"https"}
     assert tracing.metrics()["spanloom_kernel_events_total{event=tls_contradicted}"] == 0
 

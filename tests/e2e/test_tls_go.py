@@ -13,6 +13,7 @@ import pytest
 from tests.e2e.harness import AgentProcess, Process, clean_environment, free_port, show, wait_until
 from tests.e2e.servers import APPS, HAS_GO, STATUSES, Server, go_build
 from tests.e2e.test_tls import (
+    assert_agreed,
     assert_pairs,
     secure_curl,
     serving,
@@ -82,6 +83,7 @@ def test_a_go_server_s_requests_are_spans(
     assert result.stdout.split() == [str(status).encode() for status in STATUSES], result.stderr
     spans = tracing.exact_spans(2 * len(STATUSES), port=port)
     assert_pairs(spans, len(STATUSES))
+    assert_agreed(spans, version)
     for span in spans:
         if span.kind == "SERVER":
             status = span.attributes["http.response.status_code"]

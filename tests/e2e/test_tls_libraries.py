@@ -9,7 +9,7 @@ import pytest
 
 from tests.e2e.harness import free_port, wait_until
 from tests.e2e.servers import Server
-from tests.e2e.test_tls import assert_pairs, nginx, wait_for_libraries
+from tests.e2e.test_tls import assert_agreed, assert_pairs, nginx, wait_for_libraries
 from tests.e2e.tls_any import ClientFactory
 
 MACHINE = f"{os.uname().machine}-linux-gnu"
@@ -38,6 +38,7 @@ def test_both_ends_run_it(name: str, tls_agent, serve, tls_any: Path, tls_client
     client.ask(*(f"/later?id={number}" for number in range(10)))
     spans = tracing.exact_spans(earlier + 20, port=port)[earlier:]
     assert_pairs(spans, 10)
+    assert_agreed(spans, "1.3")
     for span in spans:
         assert span.attributes.get("url.scheme", "https") == "https"
         assert span.attributes["server.address"] == "localhost"
@@ -61,4 +62,6 @@ def test_the_other_end_is_nginx(
     tracing.settle()
     earlier = len(tracing.spans(port))
     client.ask(*(f"/later?id={number}" for number in range(10)))
-    assert_pairs(tracing.exact_spans(earlier + 20, port=port)[earlier:], 10)
+    spans = tracing.exact_spans(earlier + 20, port=port)[earlier:]
+    assert_pairs(spans, 10)
+    assert_agreed(spans, version.removeprefix("TLSv"))

@@ -53,6 +53,7 @@ def segment(direction: int, data: bytes, offset: int, length: int, time_ns: int,
         remote_port=40000,
         local_address=bytes(16),
         remote_address=bytes(10) + b"\xff\xff\x0a\0\0\x09",
+        tls=0,
         data=data,
     )
 

@@ -22,7 +22,7 @@ def decode(*pieces: bytes) -> list:
 def test_an_exchange_is_read_member_by_member():
     """Every member that is read has its place; the data behind the struct is the request and then the response."""
     numbers = list(range(1001, 1013))
-    data = EXCHANGE.pack(1, 2, 3, 260, *numbers, 11, 12, 13, 14, 80, 40000, 3, 5, LOCAL, REMOTE, TAIL)
+    data = EXCHANGE.pack(1, 2, 3, 260, *numbers, 11, 12, 13, 14, 80, 40000, 3, 5, LOCAL, REMOTE, TAIL, 0x03041301)
     [found] = decode(data + b"GET" + b"HTTP/")
     assert found == Exchange(
         role=2,
@@ -48,6 +48,7 @@ def test_an_exchange_is_read_member_by_member():
         response_captured=5,
         remote_address=REMOTE,
         tail=TAIL,
+        tls=0x03041301,
         request=b"GET",
         response=b"HTTP/",
     )
@@ -85,9 +86,9 @@ def test_the_names_of_cgroups_are_read_as_paths(unified: bytes, memory: bytes, t
 
 def test_a_segment_is_read_with_its_data():
     """Only the captured bytes are data; the length may be larger."""
-    data = SEGMENT.pack(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE)
+    data = SEGMENT.pack(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, 34)
     assert decode(data + b"data") == [
-        Segment(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, b"data")
+        Segment(3, 1, 2, 4, 2, 21, 22, 23, 24, 900, 31, 32, 33, 80, 40000, LOCAL, REMOTE, 34, b"data")
     ]
 
 
@@ -122,7 +123,7 @@ def test_an_empty_batch_is_no_record():
 
 
 EXCHANGES = st.builds(
-    lambda role, end, flags, numbers, small, port, remote, tail, request, response: Exchange(
+    lambda role, end, flags, numbers, small, port, remote, tail, tls, request, response: Exchange(
         role,
         end,
         flags,
@@ -133,6 +134,7 @@ EXCHANGES = st.builds(
         len(response),
         remote,
         tail,
+        tls,
         request,
         response,
     ),
@@ -144,6 +146,7 @@ EXCHANGES = st.builds(
     U16,
     ADDRESS,
     st.binary(min_size=8, max_size=8),
+    U32,
     st.binary(max_size=40),
     st.binary(max_size=40),
 )
@@ -153,8 +156,8 @@ CGROUPS = st.sampled_from(
 )
 PROCESSES = st.builds(ProcessSeen, U32, U64, U32, U32, NAMES, NAMES, CGROUPS)
 SEGMENTS = st.builds(
-    lambda numbers, length, small, ports, local, remote, data: Segment(
-        3, 1, 2, len(data), 3, *numbers, length, *small, *ports, local, remote, data
+    lambda numbers, length, small, ports, local, remote, tls, data: Segment(
+        3, 1, 2, len(data), 3, *numbers, length, *small, *ports, local, remote, tls, data
     ),
     st.lists(U64, min_size=4, max_size=4),
     U64,
@@ -162,6 +165,7 @@ SEGMENTS = st.builds(
     st.lists(U16, min_size=2, max_size=2),
     ADDRESS,
     ADDRESS,
+    U32,
     st.binary(max_size=60),
 )
 CLOSES = st.builds(ConnectionClosed, st.just(4), st.integers(0, 255), st.integers(0, 255), U32, U64, U64, U64)

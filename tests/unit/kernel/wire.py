@@ -17,14 +17,16 @@ _STRUCTS = {
         "kind:2 role:1 end:1 flags:4 exchange_id:8 parent_id:8 peer_id:8 connection_id:8 process_start_ns:8 "
         "request_start_ns:8 request_end_ns:8 response_start_ns:8 response_end_ns:8 end_ns:8 request_bytes:8 "
         "response_bytes:8 tgid:4 request_tid:4 response_tid:4 netns:4 local_port:2 remote_port:2 request_captured:2 "
-        "response_captured:2 local_address:16a remote_address:16a tail:8a"
+        "response_captured:2 local_address:16a remote_address:16a tail:8a "
+        "tls:4 _pad:4a"
     ),
     "record_process": (
         "kind:2 cgroup_bytes:2 memory_cgroup_bytes:2 _pad:6a tgid:4 start_ns:8 uid:4 ppid:4 comm:16a executable:64a"
     ),
     "record_segment": (
         "kind:2 role:1 direction:1 captured:2 flags:2 connection_id:8 process_start_ns:8 time_ns:8 offset:8 length:8 "
-        "tgid:4 tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a"
+        "tgid:4 tid:4 netns:4 local_port:2 remote_port:2 local_address:16a remote_address:16a "
+        "tls:4 _pad:4a"
     ),
     "record_peer": "kind:2 _pad:6a connection_id:8 peer_connection_id:8",
     "record_close": "kind:2 role:1 end:1 flags:4 connection_id:8 exchange_id:8 time_ns:8",
@@ -74,9 +76,9 @@ DESCRIPTIONS = {
 }
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
 
-EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8s")
+EXCHANGE = struct.Struct("<HBBI12Q4I4H16s16s8sI4x")
 PROCESS = struct.Struct("<HHH6xIQII16s64s")
-SEGMENT = struct.Struct("<HBBHH5Q3IHH16s16s")
+SEGMENT = struct.Struct("<HBBHH5Q3IHH16s16sI4x")
 PEER = struct.Struct("<H6xQQ")
 CLOSE = struct.Struct("<HBBIQQQ")
 TLS = struct.Struct("<HHIQ")
@@ -92,7 +94,7 @@ def pack(
             # What user space does not read is not 0, so that a shift by a member shows.
             known = {"kind": 1, "netns": 14, "local_port": 80, "local_address": bytes(range(16))}
             known |= dict(zip(record.__struct_fields__, values, strict=True))
-            members = [member.partition(":")[0] for member in _STRUCTS["record_exchange"].split()]
+            members = [member.partition(":")[0] for member in _STRUCTS["record_exchange"].split() if member[0] != "_"]
             return EXCHANGE.pack(*(known[member] for member in members)) + record.request + record.response
         case ProcessSeen():
             names = [_names(line.split(b"/")[1:]) for line in record.cgroup.splitlines()] + [b"", b""]
