@@ -148,6 +148,14 @@ class Libraries:
         except OSError:
             return fd, ""
 
+    def is_closed(self, tgid: int) -> bool:
+        """Whether the agent lacks the right to open what the process runs (CAP_SYS_PTRACE, proc(5))."""
+        try:
+            os.close(os.open(f"{self._proc_root}/{tgid}/exe", os.O_RDONLY | os.O_CLOEXEC))
+        except OSError as error:
+            return isinstance(error, PermissionError)
+        return False
+
     def switches_stacks(self, tgid: int) -> bool:
         """Whether the process may leave a call of a TLS library half-way: probes on returns could crash it."""
         if any(map(_STACK_SWITCHERS.search, self._map_lines(tgid) or ())):

@@ -247,7 +247,7 @@ class TlsWatch:
         tgid = info.key[0]
         found = self._libraries.shared(tgid)
         if found is None:
-            self._report(info, "gone")
+            self._report(info, "privilege" if self._libraries.is_closed(tgid) else "gone")
             return
         if not found or info.language == "go":  # which may use a library beside Go's own TLS
             executable = self._libraries.executable(tgid)
@@ -259,7 +259,8 @@ class TlsWatch:
             # The executable of a process that has ended cannot be read; one that goes on may have loaded more.
             found = self._libraries.shared(tgid)
             if not found:
-                self._report(info, "gone" if found is None else why_unseen(info))
+                closed = found is not None and self._libraries.is_closed(tgid)
+                self._report(info, "privilege" if closed else "gone" if found is None else why_unseen(info))
                 return
         is_unsafe = notice == TlsNotice.OTHER_STACK
         for library in found:

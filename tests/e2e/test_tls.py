@@ -658,6 +658,9 @@ def test_the_capabilities_that_open_processes_for_tls(
         )
         tracing.settle()
         assert {name for name, port in ports.items() if tracing.spans(port, "SERVER")} == seen, tracing.state()
+        unseen = {name: count for name, count in tracing.metrics().items() if "tls_unseen" in name and count}
+        closed = "spanloom_tls_unseen_processes_total{reason=privilege}"
+        assert (closed in unseen) == (missing == "SYS_PTRACE"), unseen
 
 
 def test_what_is_no_http_over_tls_is_left_alone(tls_agent, start, public_path: Path, pem: Path):

@@ -80,6 +80,7 @@ class Libraries:
         self.mapped: dict[int, list[int]] = {}
         self.go: dict[int, str] = {}  # executables of Go programs, numbered as their processes: why not, or ""
         self.switching: set[int] = set()
+        self.closed: set[int] = set()
         self.unknown: set[int] = set()
         self.loaded_next: dict[int, list[int]] = {}  # what processes load behind the next look at them
         self.ends_next: set[int] = set()  # processes that end behind it
@@ -99,6 +100,9 @@ class Libraries:
         return [
             Library((1, file), os.open("/dev/null", os.O_RDONLY), f"lib{file}", (READ, WRITE, FREE)) for file in mapped
         ]
+
+    def is_closed(self, tgid: int) -> bool:
+        return tgid in self.closed
 
     def executable(self, tgid: int) -> Library | None:
         if tgid not in self.go:
@@ -294,13 +298,14 @@ def test_where_return_probes_do_not_work_nothing_is_watched(error: SpanloomError
 
 def test_what_cannot_be_seen_is_counted_by_reason(bench: Bench):
     """Of each process, once it was looked at."""
-    bench.libraries.mapped = {10: [], 11: []}
+    bench.libraries.mapped = {10: [], 11: [], 13: []}
+    bench.libraries.closed = {13, 14}
     bench.start()
     bench.tell(10, language="java")
-    bench.tell(11)
-    bench.tell(12)
-    wait_until(lambda: sum(bench.watch.unseen.values()) == 3)
-    assert bench.watch.unseen == {"java": 1, "no_symbols": 1, "gone": 1}
+    for tgid in (11, 12, 13, 14):
+        bench.tell(tgid)
+    wait_until(lambda: sum(bench.watch.unseen.values()) == 5)
+    assert bench.watch.unseen == {"java": 1, "no_symbols": 1, "gone": 1, "privilege": 2}
 
 
 def test_a_library_that_is_loaded_while_its_process_is_looked_at_is_watched(bench: Bench):
