@@ -288,6 +288,8 @@ def grpcio() -> Iterator[Server]:
 def requests(kind: str, port: int, seconds: float) -> Iterator[None]:
     """Requests from core 1: over 256 connections, as fewer leave the worker idle while the agent has the core, or over
     16 with 16 streams each, which are new every second: of those that are older than the agent it sees little.
+
+    Its TLS library is another file than the server's: clients elsewhere do not meet the server's breakpoints.
     """
     length = int(seconds) + 1
     if kind == "grpc":
@@ -297,12 +299,22 @@ def requests(kind: str, port: int, seconds: float) -> Iterator[None]:
         command = ["sh", "-c", f"for second in $(seq {length}); do {once}; done"]
     else:
         command = ["wrk", "-t1", "-c256", f"-d{length}s", f"{kind}://127.0.0.1:{port}/"]
-    process = subprocess.Popen(["taskset", "-c", "1", *command], stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(10)
+    with tempfile.TemporaryDirectory() as libraries:
+        linked = subprocess.run(
+            ["ldd", shutil.which(command[0]) or ""], capture_output=True, text=True, check=True
+        ).stdout
+        for path in re.findall(r"=> (/\S*/lib(?:ssl|crypto)\.so\S*)", linked):
+            shutil.copy(path, libraries)
+        process = subprocess.Popen(
+            ["taskset", "-c", "1", *command],
+            stdout=subprocess.DEVNULL,
+            env={**os.environ, "LD_LIBRARY_PATH": libraries},
+        )
+        try:
+            yield
+        finally:
+            process.terminate()
+            process.wait(10)
 
 
 class Switchable:
