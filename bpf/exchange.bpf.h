@@ -1363,6 +1363,7 @@ struct server_hello {
 
 #define TLS_1_3 0x0304
 #define SESSION_ID_MAX 32
+#define HELLO_LOOKS 8 /* a client sees it first or second; who joins a connection later never does */
 
 static __always_inline __u32 ports_of(__u64 sock)
 {
@@ -1409,8 +1410,10 @@ __noinline int read_hello(__u64 sock, __u64 address, __u64 iov_count, __u64 leng
 	hello.tls = (__u32)(suite[0] == 0x13 ? TLS_1_3 : 3 << 8 | message.version[1]) << 16 | suite[0] << 8 | suite[1];
 	connection = bpf_map_lookup_elem(&connections, &sock);
 	if (connection) {
-		if (connection->tls)
+		if (connection->tls) {
 			connection->exchange.tls = hello.tls;
+			connection->hello_looks = HELLO_LOOKS;
+		}
 		return 0;
 	}
 	hello.ports = ports_of(sock);
@@ -1421,12 +1424,10 @@ fault:
 	return 0;
 }
 
-#define HELLO_LOOKS 8 /* a client sees it first or second; who joins a connection later never does */
-
 /* Of a connection that carries TLS: whether its ServerHello may be yet to come. */
 static __always_inline bool awaits_hello(const struct connection *connection)
 {
-	return !connection->exchange.tls && connection->hello_looks < HELLO_LOOKS && connection->mode != MODE_IGNORED;
+	return connection->hello_looks < HELLO_LOOKS && connection->mode != MODE_IGNORED;
 }
 
 static __always_inline void look_for_hello(struct connection *connection, const struct transfer *transfer)

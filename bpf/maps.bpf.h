@@ -78,7 +78,7 @@ struct connection {
 	__u32 write_seq;    /* socket backend: TCP's number of the first byte of the write handled last */
 	__u32 received_seq; /* socket backend: TCP's number of the next byte to be read, as far as reads were seen */
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
-	__u32 hello_looks; /* transfers of the connection that were looked at for a ServerHello, and were none */
+	__u32 hello_looks; /* transfers of the connection that were looked at for a ServerHello; HELLO_LOOKS: no more are */
 	__u8 undo_state;
 	__u8 write_is_response;
 	__u8 state;

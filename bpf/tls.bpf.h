@@ -141,8 +141,10 @@ __noinline int tie(__u64 object, __u64 sock, __u64 is_memory)
 		connection->exchange.connection_id = random_id();
 		read_identity((struct sock *)sock, &connection->exchange);
 		hello = bpf_map_lookup_elem(&hellos, &sock);
-		if (hello && hello->ports == ports_of(sock))
+		if (hello && hello->ports == ports_of(sock)) {
 			connection->exchange.tls = hello->tls;
+			connection->hello_looks = HELLO_LOOKS;
+		}
 		bpf_map_delete_elem(&hellos, &sock);
 	}
 	untie(connection);
