@@ -459,10 +459,11 @@ class Agent:
             fixed = self.restart_needed = restart_needed(self._started_with, outcome.config)
             event(_log, "config_applied", changed=list(outcome.changed), needs_restart=list(fixed))
 
-    def close(self) -> None:
+    def close(self) -> bool:
         """Stop capturing, export what is complete, release everything. Takes less than 5 s.
 
-        An agent that never captured has no books to tell of: what stopped it is the only line of its log.
+        Returns whether all is released: the verifier may be at the probes for TLS still, in a thread that ends with the
+        process. An agent that never captured has no books to tell of: what stopped it is the only line of its log.
         """
         captured, self._started = self._started, False
         began = self._stopped_at if self._stopping else time.monotonic()
@@ -501,12 +502,15 @@ class Agent:
                     **exported,
                 )
             self.telemetry.stop()
-            if tls_has_ended:  # else its thread uses what would be closed here, and the process ends without that
+            if tls_has_ended:  # else its thread uses what would be closed here
                 self.capture.close()
+        return tls_has_ended
 
 
 def run(config: Config, config_file: ConfigFile | None = None) -> int:
-    """Run the agent until SIGTERM or SIGINT. Returns the exit code; raises errors of ``agent.errors``."""
+    """Run the agent until SIGTERM or SIGINT. Returns the exit code, or ends the process with it where a thread is left
+    that the interpreter's end would disturb; raises errors of ``agent.errors``.
+    """
     configure_logging(config.telemetry.log_level, config.telemetry.log_format)
     give_memory_back()
     agent = Agent(config, config_file)
@@ -519,7 +523,11 @@ def run(config: Config, config_file: ConfigFile | None = None) -> int:
         if error.reason != "console_closed":
             raise
     finally:
-        agent.close()
+        is_released = agent.close()
+    if not is_released:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
     return 0
 
 

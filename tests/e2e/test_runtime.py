@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import termios
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.e2e.harness import (
     REPOSITORY,
     AgentFailedError,
     AgentProcess,
+    Process,
     clean_environment,
     curl,
     free_port,
@@ -141,6 +143,49 @@ def test_sigterm_exports_what_is_complete(tmp_path: Path, collector: Collector, 
     stopped = json.loads(tracing.stderr().splitlines()[-1])
     assert stopped["event"] == "stopped"
     assert (stopped["begun"], stopped["handed_over"], stopped["in_flight"], stopped["dropped"]) == (100, 100, 0, 0)
+
+
+@pytest.mark.parametrize("seconds", [0.0, 0.8, 1.6])
+def test_sigterm_while_probes_are_loaded(seconds: float, tmp_path: Path):
+    """Wherever the thread is that loads the probes for TLS, the end is a clean one."""
+    with AgentProcess(tmp_path, None, settings={"export.console": "off"}) as tracing:
+        time.sleep(seconds)
+        assert tracing.stop(timeout_seconds=30) == 0
+    assert '"event":"stopped"' in tracing.stderr()
+    assert "Traceback" not in tracing.stderr()
+
+
+TAKES_PROBES_BACK_LATE = """
+    import sys, threading, time
+    threading._register_atexit(time.sleep, 0.5)  # called behind the one that the next line registers
+    import concurrent.futures.thread as threads
+    from agent.cli import main
+    from agent.kernel.capture import Capture
+
+    unwatch = Capture.unwatch
+
+    def late(self, links):
+        while not threads._shutdown:  # until the interpreter is at its end
+            time.sleep(0.001)
+        unwatch(self, links)
+
+    Capture.unwatch = late
+    sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_thread_that_outlives_the_interpreter(tmp_path: Path):
+    """Probes that come off slower than the agent has time are left to the kernel: no word, no other exit code."""
+    port = free_port()
+    arguments = ["run", "--set", f"telemetry.listen=127.0.0.1:{port}", "--set", "export.console=off"]
+    command = [sys.executable, "-c", textwrap.dedent(TAKES_PROBES_BACK_LATE), *arguments]
+    log = tmp_path / "log"
+    with Process(command, log=log) as process:
+        wait_until(lambda: '"event":"tls_on"' in process.output(), process.output, 30)
+        process.popen.send_signal(signal.SIGTERM)
+        assert process.popen.wait(30) == 0, process.output()
+    assert '"event":"stopped"' in process.output()
+    assert "Traceback" not in process.output()
 
 
 def test_sigterm_behind_a_reset(tmp_path: Path, collector: Collector):
