@@ -196,12 +196,7 @@ class TlsWatch:
         self.has_begun.set()
         if may_go_on:
             self._follow(ends)
-        try:
-            self._take_back()
-        except RuntimeError:
-            if not ends.is_set():
-                raise
-            # The interpreter is at its end and starts no more threads: the kernel takes back what the process leaves.
+        self._take_back()
 
     def _take_back(self) -> None:
         self._probes.announce_tls(False)
