@@ -147,6 +147,7 @@ class SegmentFlag(IntFlag):
     HTTP2 = 1
     AT_FRAME = 2
     TLS = 4
+    OVERTAKES = 8
 
 
 class Segment(msgspec.Struct, frozen=True, gc=False):

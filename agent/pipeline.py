@@ -37,12 +37,14 @@ from agent.process import ProcessInfo, ProcessTable, Selector
 from agent.protocols.http1_stream import PipelinedConnection, StreamLosses
 from agent.protocols.http2 import Http2
 from agent.protocols.http2_stream import Http2Connection
+from agent.protocols.segment_order import SegmentOrder
 from agent.stitch import Stitcher
 
 _FIRST = int(Flag.FIRST)
 _STREAM = int(Flag.STREAM)
 _QUIET = int(End.QUIET)  # OPEN and QUIET, the provisional ends, are the two lowest
 _HTTP2 = int(SegmentFlag.HTTP2)
+_OVERTAKES = int(SegmentFlag.OVERTAKES)
 OPEN_NS = 200_000_000
 """So old is a request of HTTP/2 when others may refer to it before it ends: ``open_ns`` of the kernel's programs."""
 SEND_NS = 50_000_000
@@ -197,6 +199,7 @@ class Pipeline:
         # most.
         self._ended_early: set[int] = set()
         self._streams: dict[int, _Stream] = {}
+        self._order = SegmentOrder()
         # When something was last heard of those that may owe spans, by connection, the most silent one first.
         self._streams_waiting: OrderedDict[int, int] = OrderedDict()
         self._closes_lost = self._closes_lost_ns = 0
@@ -525,6 +528,10 @@ class Pipeline:
             if oldest.end_ns > limit_ns:
                 break
             self._end_early(msgspec.structs.replace(self._forget_pending(oldest.exchange_id), end=int(End.TIMED_OUT)))
+        if self._order.waiting:
+            for connection_id in self._order.overdue(now_ns):
+                for segment in self._order.release(connection_id):
+                    self._feed(self._streams[connection_id], segment)
         limit_ns = now_ns - self._exchange_timeout_ns
         while self._streams_waiting:
             connection_id, heard_ns = next(iter(self._streams_waiting.items()))
@@ -590,6 +597,13 @@ class Pipeline:
                 http2 = self._http2_of(segment.tgid, segment.process_start_ns)
             stream = self._new_stream(segment.connection_id, http2)
             self._enter_stream(segment.connection_id)
+        if segment.flags & _OVERTAKES or self._order.waiting:
+            for one in self._order.arrange(segment):
+                self._feed(stream, one)
+        else:
+            self._feed(stream, segment)
+
+    def _feed(self, stream: _Stream, segment: Segment) -> None:
         lost, outstanding = stream.lost, stream.outstanding
         ended = stream.feed(segment)
         self._take_streamed(ended)
@@ -669,6 +683,8 @@ class Pipeline:
         return next((protocol for protocol in protocols if isinstance(protocol, Http2)), None)
 
     def _close_stream(self, connection_id: int, stream: _Stream, closed: ConnectionClosed | None) -> None:
+        for segment in self._order.release(connection_id):
+            self._feed(stream, segment)
         lost, outstanding = stream.lost, stream.outstanding
         if type(stream) is Http2Connection:
             self._http2_streams -= 1

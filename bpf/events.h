@@ -57,6 +57,7 @@ enum segment_flag {
 	SEGMENT_HTTP2 = 1 << 0,    /* of an HTTP/2 connection, whose frames the kernel follows */
 	SEGMENT_AT_FRAME = 1 << 1, /* a frame begins where the segment begins */
 	SEGMENT_TLS = 1 << 2,      /* pipelined requests of HTTP/1 that a TLS library was given, or gave */
+	SEGMENT_OVERTAKES = 1 << 3, /* of a response, read while the client's write is under way: that is told of later */
 };
 
 /* Indices of the counters map. begun = emitted + dropped_* + cancelled + streamed + in flight. */

@@ -698,6 +698,7 @@ static __always_inline void begin(struct connection *connection, struct process 
 	exchange->response_start_ns = 0;
 	exchange->response_end_ns = 0;
 	exchange->response_bytes = 0;
+	connection->stream_offsets[1] = 0;
 	exchange->tgid = tgid;
 	exchange->request_tid = tid;
 	exchange->response_tid = 0;
@@ -834,39 +835,41 @@ static __always_inline int holds_second_request(struct connection *connection, _
 	return is_common_request(&first);
 }
 
-/* The captured request ends in a blank line: what comes next in its direction is a body or another request. */
+/* The captured request ends in a blank line: what comes next in its direction is a body or another request. Behind it may
+ * stand what another CPU has just captured of the response.
+ */
 static __always_inline bool ends_in_blank_line(struct connection *connection)
 {
-	__u32 length = connection->data_length;
+	__u64 length = connection->exchange.request_bytes;
 	__u8 *end;
 
 	opaque(length);
-	if (length < 4 || length > request_cap || length != connection->exchange.request_bytes)
+	if (length < 4 || length > request_cap || length > request_limit || length > connection->data_length)
 		return false;
 	end = connection->data + length - 4;
 	return end[0] == '\r' && end[1] == '\n' && end[2] == '\r' && end[3] == '\n';
 }
 
 /* Forwards bytes of a connection in stream mode: `address` is that of the bytes, or of iov_count iovecs, or 0 for bytes
- * that never were in user memory. In this mode request_bytes and response_bytes are the two directions' offsets.
- * Global for the reason given at absorb_iovecs().
+ * that never were in user memory. Global for the reason given at absorb_iovecs().
  */
 __noinline int stream_segment(__u64 sock, __u64 address, __u64 iov_count, __u64 length, __u64 response)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 	struct segment_scratch *scratch;
 	struct user_iovec iovec = { .base = address, .length = length };
-	__u64 *sent, captured;
+	__u64 *sent, captured, now;
 
 	if (!connection)
 		return 0;
-	sent = response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes;
+	sent = &connection->stream_offsets[response ? 1 : 0];
 	scratch = claim_scratch();
 	if (!scratch) {
 		*sent += length;
 		return 0;
 	}
-	fill_segment(scratch, connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, bpf_ktime_get_ns());
+	now = response ? 0 : connection->walks[0].entered_ns; /* before the other end can have read it */
+	fill_segment(scratch, connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, now ? now : bpf_ktime_get_ns());
 	connection->cursor_index = 0;
 	connection->cursor_offset = 0;
 	for (__u32 i = 0; i < 64; i++) {
@@ -919,8 +922,7 @@ __noinline int stream_buffer(__u64 sock, __u64 buffer, __u64 length, __u64 respo
 	return stream_segment(sock, buffer, 0, length, response);
 }
 
-static __always_inline void stream_transfer(const struct connection *connection, const struct transfer *transfer,
-					    bool response)
+static __always_inline void stream_transfer(struct connection *connection, const struct transfer *transfer, bool response)
 {
 	__u64 sock = connection->sock;
 
@@ -931,37 +933,120 @@ static __always_inline void stream_transfer(const struct connection *connection,
 		stream_segment(sock, transfer->iov, transfer->iov_count, transfer->length, response);
 	else
 		stream_buffer(sock, transfer->buffer, transfer->length, response);
+	if (!response)
+		connection->walks[0].entered_ns = 0; /* last: SEGMENT_OVERTAKES */
 }
 
-/* Puts a pipelined connection into stream mode. The bytes captured so far become its first request segment. */
+/* A write is entered in stream mode: it is told of when it returns. */
+static __always_inline void enter_stream_write(struct connection *connection, __u64 offered, __u64 pid_tgid)
+{
+	connection->write_tid = pid_tgid;
+	connection->write_kind = WRITE_STREAM;
+	connection->write_offered = offered;
+}
+
+/* A write returned in stream mode: what it moved is told of now, unless it was before the mode changed. */
+static __always_inline void stream_write(struct connection *connection, struct transfer *transfer, long moved, __u64 pid_tgid)
+{
+	bool response = connection->exchange.role == ROLE_SERVER;
+
+	if (connection->write_tid == (__u32)pid_tgid && connection->write_kind != WRITE_STREAM) {
+		if (connection->write_kind == WRITE_REQUEST ||
+		    connection->undo_exchange_id != connection->exchange.exchange_id)
+			return;
+		/* The response of the first request in this mode. stream_answer() may have told of it: at this place. */
+		connection->stream_offsets[1] = 0;
+	}
+	connection->write_tid = 0;
+	transfer->length = moved;
+	if (moved > 0)
+		stream_transfer(connection, transfer, response);
+	else if (!response)
+		connection->walks[0].entered_ns = 0;
+}
+
+/* Forwards a response that was handled as an exchange's while the connection was put into stream mode. Global for the
+ * reason given at absorb_iovecs().
+ */
+__noinline int stream_answer(__u64 sock)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct segment_scratch *scratch;
+	__u64 captured, start, offset = 0;
+
+	if (!connection)
+		return 0;
+	scratch = claim_scratch();
+	if (!scratch)
+		return 0;
+	fill_segment(scratch, connection, DIRECTION_RESPONSE, connection->exchange.response_start_ns);
+	scratch->record.tid = connection->exchange.response_tid;
+	start = unfollowed(connection->exchange.request_captured);
+	captured = unfollowed(connection->data_length) - start;
+	opaque(start);
+	if (start > request_cap)
+		start = request_cap;
+	opaque(captured);
+	if (captured > response_cap) /* nothing of the kind when it began before it was told of */
+		captured = 0;
+	if (captured > SEGMENT_CAP)
+		captured = SEGMENT_CAP;
+	if (bpf_probe_read_kernel(scratch->data, captured, connection->data + start))
+		captured = 0;
+	scratch->record.captured = captured;
+	send_segment(connection, scratch, &offset, connection->exchange.response_bytes);
+	release_scratch(scratch);
+	return 0;
+}
+
+/* A full barrier on x86: what was stored before is seen by whoever stores behind a barrier of its own what is read next. */
+static __always_inline void fence(void)
+{
+	volatile __u64 here = 0;
+
+	__sync_fetch_and_add(&here, 1);
+}
+
+/* Puts a pipelined connection into stream mode. The bytes captured so far become its first request segment.
+ *
+ * Another CPU may be at the response meanwhile, in on_response_bytes(). Either it sees the new mode when it has stored
+ * its state, and forwards the response (a write: when it returns), or its state is seen here, and the response is
+ * forwarded here. Where both hold, both tell of the same bytes at the same place, and user space takes them once. The
+ * request comes first: what answers it follows.
+ */
 static __always_inline void enter_stream_mode(struct connection *connection)
 {
 	struct record_exchange *exchange = &connection->exchange;
 	struct segment_scratch *scratch;
-	__u64 length = exchange->request_bytes, offset = 0;
+	__u64 length = exchange->request_bytes;
 	__u64 captured = connection->data_length;
 
-	connection->mode = MODE_STREAM;
-	connection->state = STATE_IDLE;
-	count_stream();
+	count_stream(); /* first: from now on writes do not return unseen */
 	count(COUNTER_STREAMED);
-	exchange->response_bytes = 0;
 	scratch = length ? claim_scratch() : 0;
-	if (!scratch)
-		return;
-	fill_segment(scratch, connection, DIRECTION_REQUEST, exchange->request_start_ns);
-	opaque(captured);
-	if (captured > request_cap)
-		captured = request_cap;
-	if (captured > SEGMENT_CAP)
-		captured = SEGMENT_CAP;
-	if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
-		captured = 0;
-	scratch->record.captured = captured;
-	if (connection->http2)
-		scratch->record.flags = SEGMENT_HTTP2;
-	send_segment(connection, scratch, &offset, length);
-	release_scratch(scratch);
+	if (scratch) {
+		__u64 offset = 0;
+
+		fill_segment(scratch, connection, DIRECTION_REQUEST, exchange->request_start_ns);
+		if (captured > length) /* a response that is being handled is captured behind the request */
+			captured = length;
+		opaque(captured);
+		if (captured > request_cap)
+			captured = request_cap;
+		if (captured > SEGMENT_CAP)
+			captured = SEGMENT_CAP;
+		if (bpf_probe_read_kernel(scratch->data, captured, connection->data))
+			captured = 0;
+		scratch->record.captured = captured;
+		send_segment(connection, scratch, &offset, length);
+		release_scratch(scratch);
+	}
+	connection->stream_offsets[0] = length;
+	connection->mode = MODE_STREAM;
+	fence();
+	if (unfollowed(connection->state) == STATE_RESPONSE && !connection->http2)
+		stream_answer(connection->sock);
+	connection->state = STATE_IDLE;
 }
 
 /* What a line of the head of a response, 101, says of HTTP/2. */
@@ -1073,6 +1158,7 @@ __noinline int switch_to_frames(__u64 sock)
 	exchange->response_bytes = head;
 	connection->data_length = exchange->request_captured + head;
 	connection->tail_valid = 0;
+	connection->stream_offsets[1] = 0;
 	connection->told = emit(connection, END_HANDED_OVER, exchange->response_end_ns, !connection->reports);
 	if (!connection->told)
 		count(COUNTER_SEGMENTS_LOST);
@@ -1089,7 +1175,7 @@ __noinline int switch_to_frames(__u64 sock)
 static __always_inline void undo_point(struct connection *connection, bool response, __u32 tid)
 {
 	connection->write_tid = tid;
-	connection->write_is_response = response;
+	connection->write_kind = response ? WRITE_RESPONSE : WRITE_REQUEST;
 	connection->undo_state = connection->state;
 	connection->undo_data_length = connection->data_length;
 	connection->undo_tail = connection->tail;
@@ -1122,14 +1208,17 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 					     struct transfer *transfer, __u64 sock, __u64 now, __u64 pid_tgid, bool entering)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	bool starts = connection->state == STATE_IDLE;
 	__u64 length;
+	__u8 state;
+	bool starts;
 	int looks;
 
 	looks = look(transfer);
 	if (looks & LOOK_FAILED)
 		return;
-	if (connection->state == STATE_RESPONSE && (looks & LOOKS_REQUEST)) {
+	state = unfollowed(connection->state); /* once: the response may be under way on another CPU */
+	starts = state == STATE_IDLE;
+	if (state == STATE_RESPONSE && (looks & LOOKS_REQUEST)) {
 		/* Request bytes after an interim response only are a body (RFC 9110 section 15.2.1). */
 		finish(connection, END_NEXT, now);
 		connection->follows = 1;
@@ -1143,11 +1232,15 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	if (starts && lazy && !is_captured(pid_tgid, &process))
 		return;
 	/* Behind a request that may have a body this may still be a part of it, which user space tells by its framing. */
-	if (connection->state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) &&
+	if (state == STATE_REQUEST && (looks & LOOKS_COMMON_REQUEST) &&
 	    (!is_bodyless(connection) || ends_in_blank_line(connection))) {
 		enter_stream_mode(connection);
-		if (!entering)
+		if (entering) {
+			enter_stream_write(connection, transfer->length, pid_tgid);
+			connection->walks[0].entered_ns = now;
+		} else {
 			stream_transfer(connection, transfer, false);
+		}
 		return;
 	}
 	if (entering)
@@ -1158,7 +1251,7 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 		exchange->request_captured = 0;
 		length = absorb(connection, transfer, sock, request_room(), false);
 		begin(connection, process, sock, now, pid_tgid);
-	} else if (connection->state == STATE_REQUEST) {
+	} else if (state == STATE_REQUEST) {
 		/* Capture only while nothing is missing in between. */
 		length = absorb(connection, transfer, sock,
 				connection->data_length == exchange->request_bytes ? request_room() : 0, false);
@@ -1167,8 +1260,10 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 	}
 	exchange->request_bytes += length;
 	exchange->request_end_ns = now;
-	connection->write_offered = length;
-	connection->undo_exchange_id = exchange->exchange_id;
+	if (entering) {
+		connection->write_offered = length;
+		connection->undo_exchange_id = exchange->exchange_id;
+	}
 	if (connection->data_length >= PREFACE_BYTES &&
 	    (starts ? holds_second_request(connection, sock) :
 		      *(__u64 *)connection->data == PREFACE_WORD && ends_preface(sock, exchange->request_bytes - length))) {
@@ -1178,8 +1273,12 @@ static __always_inline void on_request_bytes(struct connection *connection, stru
 			connection->data_length = 0;
 		}
 		enter_stream_mode(connection);
-		if (!entering)
+		if (entering) {
+			enter_stream_write(connection, length, pid_tgid);
+			connection->walks[0].entered_ns = now;
+		} else {
 			stream_transfer(connection, transfer, false);
+		}
 	}
 }
 
@@ -1218,18 +1317,49 @@ static __always_inline int look_behind(struct connection *connection, const stru
 	return judge(*(__u64 *)(connection->data + offset), 8);
 }
 
+/* What a response's beginning asks for. */
+enum answer {
+	ANSWER_ORDINARY,
+	ANSWER_SWITCHES, /* status 101 */
+	ANSWER_INTERIM,
+	ANSWER_TUNNELS, /* status 2xx to CONNECT */
+};
+
+/* Reads enum answer from the captured bytes: "HTTP/1.1 101 ", the status is at offset 9. */
+static __always_inline enum answer answer_of(const struct connection *connection)
+{
+	__u64 offset = connection->exchange.request_captured;
+
+	opaque(offset);
+	if (offset > request_cap)
+		return ANSWER_ORDINARY;
+	if (connection->data[offset + 9] == '1')
+		return connection->data[offset + 10] == '0' && connection->data[offset + 11] == '1' ? ANSWER_SWITCHES :
+												      ANSWER_INTERIM;
+	if (connection->data[offset + 9] == '2' && connection->data[0] == 'C' && connection->data[1] == 'O' &&
+	    connection->data[2] == 'N' && connection->data[3] == 'N')
+		return ANSWER_TUNNELS;
+	return ANSWER_ORDINARY;
+}
+
+/* Response bytes went by, or are about to. The other direction may be at work on another CPU: the state is stored last,
+ * with all that it vouches for in place, see enter_stream_mode().
+ */
 static __always_inline void on_response_bytes(struct connection *connection, struct transfer *transfer, __u64 sock,
 					      __u64 now, __u64 pid_tgid, bool entering)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	bool starts = connection->state == STATE_REQUEST, foreign = false;
+	__u8 state = unfollowed(connection->state);
+	bool starts = state == STATE_REQUEST, foreign = false;
+	enum answer answer = ANSWER_ORDINARY;
 	__u32 limit = 0, before, absorbed;
-	__u64 length, offset;
+	__u64 length, exchange_id;
 
-	if (connection->state == STATE_IDLE) {
+	if (state == STATE_IDLE) {
 		count(COUNTER_RESPONSE_ALONE);
 		return;
 	}
+	exchange_id = exchange->exchange_id;
 	if (!starts && holds_interim(connection) && (look(transfer) & LOOKS_RESPONSE)) {
 		forget_interim(connection);
 		starts = true;
@@ -1239,6 +1369,7 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		undo_point(connection, true, pid_tgid);
 	if (starts) {
 		exchange->request_captured = before;
+		exchange->response_bytes = 0;
 		connection->tail = 0;
 		connection->tail_valid = 1;
 	}
@@ -1252,7 +1383,8 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 		foreign = !(looks & LOOKS_RESPONSE);
 		if ((looks & LOOK_FAILED) || (foreign && (connection->follows || !connection->reports))) {
 			connection->data_length = before;
-			connection->write_tid = 0;
+			if (entering)
+				connection->undo_exchange_id = 0; /* nothing to take back, or to tell of, when it returns */
 			if (looks & LOOK_FAILED)
 				return;
 			if (connection->follows) {
@@ -1265,44 +1397,59 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 			connection->mode = MODE_IGNORED;
 			return;
 		}
+		if (!foreign && absorbed >= 13)
+			answer = answer_of(connection);
 		exchange->response_start_ns = now;
 		exchange->response_tid = pid_tgid;
-		connection->state = STATE_RESPONSE;
 	}
+	if (unfollowed(exchange->exchange_id) != exchange_id)
+		return; /* another one began meanwhile: what was read with its request is not its response */
 	exchange->response_bytes += length;
 	exchange->response_end_ns = now;
-	connection->write_offered = length;
-	connection->undo_exchange_id = exchange->exchange_id;
+	if (entering) {
+		connection->write_offered = length;
+		connection->undo_exchange_id = exchange_id;
+	}
+	if (!starts)
+		return;
+	connection->stream_offsets[1] = length; /* should the mode change: whoever tells of these bytes, the next are behind */
+	barrier();
+	connection->state = STATE_RESPONSE;
+	fence();
+	if (unfollowed(connection->mode) == MODE_STREAM) {
+		if (!entering && !connection->http2) { /* else when the write returns */
+			connection->stream_offsets[1] = 0;
+			stream_transfer(connection, transfer, true);
+		}
+		return;
+	}
 	if (foreign) {
 		/* User space knows of the exchange: it gets to see that the answer is no HTTP, and drops it. */
 		finish(connection, END_CLOSED, now);
 		connection->mode = MODE_IGNORED;
 		return;
 	}
-	if (!starts || absorbed < 13)
-		return;
-	/* "HTTP/1.1 101 ": the status is at offset 9. */
-	offset = exchange->request_captured;
-	opaque(offset);
-	if (offset > request_cap)
-		return;
-	if (connection->data[offset + 9] == '1') {
-		if (connection->data[offset + 10] == '0' && connection->data[offset + 11] == '1') {
-			if (switch_to_frames(sock)) {
-				if (!entering) /* else when the write returns */
-					stream_transfer(connection, transfer, true);
-				return;
-			}
-			finish(connection, END_HANDED_OVER, now);
-			connection->mode = MODE_IGNORED;
-		} else if (length == absorbed && length < 64) {
-			/* A lone interim response: forget it and go on waiting. Longer ones wait for what follows them. */
-			forget_interim(connection);
+	switch (answer) {
+	case ANSWER_SWITCHES:
+		if (switch_to_frames(sock)) {
+			if (entering)
+				enter_stream_write(connection, length, pid_tgid);
+			else
+				stream_transfer(connection, transfer, true);
+			return;
 		}
-	} else if (connection->data[offset + 9] == '2' && connection->data[0] == 'C' && connection->data[1] == 'O' &&
-		   connection->data[2] == 'N' && connection->data[3] == 'N') {
+		/* fall through */
+	case ANSWER_TUNNELS:
 		finish(connection, END_HANDED_OVER, now);
 		connection->mode = MODE_IGNORED;
+		return;
+	case ANSWER_INTERIM:
+		/* A lone interim response: forget it and go on waiting. Longer ones wait for what follows them. */
+		if (length == absorbed && length < 64)
+			forget_interim(connection);
+		return;
+	case ANSWER_ORDINARY:
+		return;
 	}
 }
 
@@ -1527,7 +1674,8 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 			__u64 number = 0;
 
 			/* A global function takes numbers only: read back, the trusted pointer is one. */
-			bpf_probe_read_kernel(&number, sizeof(number), &key);
+			if (bpf_probe_read_kernel(&number, sizeof(number), &key))
+				return 0;
 			if (looks & LOOKS_HELLO)
 				read_hello(number, transfer->iov ? transfer->iov : transfer->buffer,
 					   transfer->iov ? transfer->iov_count : 0, transfer->length);
@@ -1622,24 +1770,29 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 	now = bpf_ktime_get_ns();
 	response = egress == (connection->exchange.role == ROLE_SERVER);
 	if (connection->mode == MODE_STREAM) {
-		if (!entering)
+		if (!entering) {
 			stream_transfer(connection, transfer, response);
-		else if (connection->http2 && !response)
-			connection->walks[0].entered_ns = now; /* before the other end can have read it */
+			return;
+		}
+		enter_stream_write(connection, transfer->length, pid_tgid);
+		connection->write_seq = transfer->sequence;
+		if (!response)
+			connection->walks[0].entered_ns = now;
 		return;
 	}
 	if (response)
 		on_response_bytes(connection, transfer, connection->sock, now, pid_tgid, entering);
 	else
 		on_request_bytes(connection, process, !socket, transfer, connection->sock, now, pid_tgid, entering);
-	connection->write_seq = transfer->sequence;
+	if (entering)
+		connection->write_seq = transfer->sequence;
 }
 
 /* Settles a write that was handled at its entry: it was refused, came short, or may have blocked. */
 static __always_inline void settle_write(struct connection *connection, long moved, __u64 pid_tgid)
 {
 	struct record_exchange *exchange = &connection->exchange;
-	bool response = connection->write_is_response;
+	bool response = connection->write_kind == WRITE_RESPONSE;
 	__u64 missing, now;
 	__u32 kept;
 

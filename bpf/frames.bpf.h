@@ -192,7 +192,7 @@ __noinline int flush_frames(__u64 sock, __u64 response)
 
 	if (!connection || !scratch)
 		return 0;
-	offset = response ? &connection->exchange.response_bytes : &connection->exchange.request_bytes;
+	offset = &connection->stream_offsets[response ? 1 : 0];
 	if (scratch->record.captured || (scratch->ended && scratch->done == scratch->length)) {
 		send_segment(connection, scratch, offset, scratch->record.captured + scratch->gap);
 		scratch->ended = 0;
@@ -200,7 +200,7 @@ __noinline int flush_frames(__u64 sock, __u64 response)
 		*offset += scratch->gap; /* the next segment tells by its offset, behind the end of a stream this transfer's */
 	}
 	scratch->record.captured = 0;
-	scratch->record.flags = SEGMENT_HTTP2;
+	scratch->record.flags &= ~SEGMENT_AT_FRAME;
 	scratch->gap = 0;
 	return 0;
 }
@@ -243,7 +243,7 @@ __noinline int begin_frame(__u64 sock, __u64 response)
 	if (walk->passed || captured > SEGMENT_CAP)
 		return 0;
 	if (!captured)
-		scratch->record.flags = SEGMENT_HTTP2 | SEGMENT_AT_FRAME;
+		scratch->record.flags |= SEGMENT_AT_FRAME;
 	if (bpf_probe_read_kernel(scratch->data + captured, FRAME_HEADER_BYTES, walk->header))
 		return 0;
 	scratch->record.captured = captured + FRAME_HEADER_BYTES;
@@ -374,14 +374,10 @@ __noinline int begin_walk(__u64 sock, __u64 address, __u64 iov_count, __u64 leng
 	if (!scratch) {
 		if (!walk->lost)
 			lose_frames(walk);
-		if (response)
-			connection->exchange.response_bytes += length;
-		else
-			connection->exchange.request_bytes += length;
+		connection->stream_offsets[response ? 1 : 0] += length;
 		return 0;
 	}
 	now = walk->entered_ns ? walk->entered_ns : bpf_ktime_get_ns();
-	walk->entered_ns = 0;
 	if (walk->lost || !http2_enabled) {
 		walk->lost = 1;
 		if (http2_enabled && address && gather_first(address, iov_count, length) >= FRAME_HEADER_BYTES &&
@@ -389,7 +385,6 @@ __noinline int begin_walk(__u64 sock, __u64 address, __u64 iov_count, __u64 leng
 			walk->lost = 0;
 	}
 	fill_segment(scratch, connection, response ? DIRECTION_RESPONSE : DIRECTION_REQUEST, now);
-	scratch->record.flags = SEGMENT_HTTP2;
 	scratch->iov = address;
 	scratch->iov_count = iov_count;
 	scratch->iovec.base = address;

@@ -136,9 +136,12 @@ int BPF_PROG(on_send_exit, struct sock *sock, struct msghdr *message, __u64 size
 		if (connection->write_tid == (__u32)pid_tgid &&
 		    BPF_CORE_READ((struct tcp_sock *)sock, write_seq) == connection->write_seq + (moved > 0 ? moved : 0))
 			settle_write(connection, moved, pid_tgid);
-	} else if (moved > 0) {
+	} else if (moved < 0) {
+		if (connection->mode == MODE_STREAM)
+			connection->walks[0].entered_ns = 0;
+	} else {
 		if (connection->mode == MODE_STREAM && bytes_moved(iter, moved, &transfer))
-			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
+			stream_write(connection, &transfer, moved, pid_tgid);
 		else
 			on_bodiless_bytes(connection, moved, true);
 	}

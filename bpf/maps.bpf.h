@@ -41,7 +41,7 @@ enum exchange_state {
 
 /* Where one direction of an HTTP/2 connection stands among its frames. */
 struct frame_walk {
-	__u64 entered_ns; /* when the call was entered that sends request bytes, or 0 */
+	__u64 entered_ns; /* requests: when the call was entered that sends them and has not been told of, or 0; HTTP/1, too */
 	__u32 left;      /* payload bytes of the frame at hand that are still to come */
 	__u32 keep;      /* so many of these, the next ones, are forwarded */
 	__u8 header[24]; /* the first `held` bytes of a frame header; there is room for one more behind any beginning */
@@ -50,6 +50,13 @@ struct frame_walk {
 	__u8 passed; /* the frame at hand is left out */
 	__u8 lost;   /* where a frame begins is not known */
 	__u8 _pad[4];
+};
+
+/* How a write was handled when it was entered. */
+enum write_kind {
+	WRITE_REQUEST = 0, /* as an exchange's request */
+	WRITE_RESPONSE = 1,
+	WRITE_STREAM = 2, /* in stream mode: it is told of when it returns */
 };
 
 struct connection {
@@ -70,6 +77,7 @@ struct connection {
 	__u64 cursor_offset;
 	__u64 cursor_limit;
 	__u64 closed_ns;  /* of a connection that lingers: when TCP closed it */
+	__u64 stream_offsets[2]; /* stream mode: bytes that went by, requests' and responses' */
 	__u64 tls_object; /* key of the entry in tls_objects that leads here, with tls_tgid; 0 when none does */
 	__u32 tls_tgid;
 	__u32 undo_data_length;
@@ -80,7 +88,7 @@ struct connection {
 	__u32 data_length; /* captured bytes in data: the request's, then the response's */
 	__u32 hello_looks; /* transfers of the connection that were looked at for a ServerHello; HELLO_LOOKS: no more are */
 	__u8 undo_state;
-	__u8 write_is_response;
+	__u8 write_kind;
 	__u8 state;
 	__u8 mode;
 	__u8 reports;    /* records made of this exchange */

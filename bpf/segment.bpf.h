@@ -81,7 +81,9 @@ static __always_inline void fill_segment(struct segment_scratch *scratch, struct
 	scratch->record.role = exchange->role;
 	scratch->record.direction = direction;
 	scratch->record.captured = 0;
-	scratch->record.flags = connection->tls ? SEGMENT_TLS : 0;
+	scratch->record.flags = connection->http2 ? SEGMENT_HTTP2 : connection->tls ? SEGMENT_TLS : 0;
+	if (direction == DIRECTION_RESPONSE && exchange->role == ROLE_CLIENT && connection->walks[0].entered_ns)
+		scratch->record.flags |= SEGMENT_OVERTAKES;
 	scratch->record.tls = exchange->tls;
 	scratch->record.connection_id = exchange->connection_id;
 	scratch->record.process_start_ns = exchange->process_start_ns;

@@ -122,8 +122,8 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	streams = streams_entered;
 	send->may_stream = connection && connection->mode == MODE_STREAM;
 	on_transfer(connection, 0, 0, sock, &transfer, true, true, pid_tgid);
-	if (streams_entered != streams)
-		send->may_stream = 1; /* perhaps this one */
+	if (streams_entered != streams || (connection && unfollowed(connection->mode) == MODE_STREAM))
+		send->may_stream = 1; /* perhaps this one: the other direction's thread may have changed it meanwhile */
 	return 0;
 }
 
@@ -161,8 +161,11 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 			on_bodiless_bytes(connection, moved, true);
 		return 0;
 	}
-	if (moved < 0)
+	if (moved < 0) {
+		if (connection && connection->mode == MODE_STREAM)
+			connection->walks[0].entered_ns = 0;
 		return 0;
+	}
 	regs = call_of(bpf_get_current_task_btf());
 	if (!regs)
 		return 0;
@@ -171,10 +174,10 @@ int BPF_PROG(on_sent, struct sock *sock, int moved)
 		if (!offered && SYSCALL_NR(regs) != NR_sendfile && SYSCALL_NR(regs) != NR_splice)
 			count(COUNTER_IGNORED_OTHER);
 	} else if (connection->mode == MODE_STREAM) {
-		transfer.length = moved; /* stream mode wants to know what was really sent */
+		transfer.length = moved;
 		if (bytes_of_call(regs, &transfer, connection)) {
 			simplify(&transfer);
-			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
+			stream_write(connection, &transfer, moved, pid_tgid);
 		} else {
 			on_bodiless_bytes(connection, moved, true);
 		}

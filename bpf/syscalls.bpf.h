@@ -159,12 +159,10 @@ static __always_inline void on_write_exit(syscall_regs *regs, __u64 number, long
 	connection = bpf_map_lookup_elem(&connections, &key);
 	if (!connection || connection->mode == MODE_IGNORED || connection->tls)
 		return;
-	if (connection->mode == MODE_EXCHANGE) {
+	if (connection->mode == MODE_EXCHANGE)
 		settle_write(connection, moved, pid_tgid);
-	} else if (moved > 0) {
-		transfer.length = moved;
-		stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
-	}
+	else
+		stream_write(connection, &transfer, moved, pid_tgid);
 }
 
 /* False when the descriptor is no socket's. */

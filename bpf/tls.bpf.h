@@ -305,10 +305,13 @@ __noinline int on_plaintext(__u64 sock, __u64 buffer, __u64 length, __u64 direct
 	if (entering)
 		connection->writing = 1;
 	if (connection->mode == MODE_STREAM) {
-		if (!entering)
+		if (!entering) {
 			stream_transfer(connection, &transfer, response);
-		else if (connection->http2 && !response)
-			connection->walks[0].entered_ns = now; /* before the other end can have read it */
+			return 0;
+		}
+		enter_stream_write(connection, length, pid_tgid);
+		if (!response)
+			connection->walks[0].entered_ns = now;
 		return 0;
 	}
 	if (response)
@@ -462,7 +465,7 @@ static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u32 tid, 
 __noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 result, __u64 pid_tgid)
 {
 	long moved = result;
-	struct transfer transfer = { .buffer = buffer, .length = moved };
+	struct transfer transfer = { .buffer = buffer };
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 
 	if (!connection)
@@ -471,8 +474,7 @@ __noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 resu
 	if (connection->mode == MODE_IGNORED)
 		return 0;
 	if (connection->mode == MODE_STREAM) {
-		if (moved > 0)
-			stream_transfer(connection, &transfer, connection->exchange.role == ROLE_SERVER);
+		stream_write(connection, &transfer, moved, pid_tgid);
 	} else if (moved != offered || offered > MAY_BLOCK_BYTES) {
 		settle_write(connection, moved, pid_tgid);
 	}

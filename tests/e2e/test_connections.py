@@ -353,7 +353,41 @@ def test_readers_and_writers_of_many_connections(edge: Edge, depth: int) -> None
         assert callers.get(span.parent_span_id, seen(span).path if depth > 1 else "") == seen(span).path, spans.show()
 
 
+@pytest.mark.parametrize("depth", [2, 3, 4])
+def test_readers_and_writers_that_begin_to_pipeline(edge: Edge, depth: int) -> None:
+    """On many connections the second request comes while the response to the first one is read or written by another
+    thread, which may run on another CPU: whichever comes first, each request has its own response.
+    """
+    connections, count = 200, 8
+    edge.server.start(_serve_one_after_another, edge.port, connections)
+    edge.client.call(_request_one_after_another, edge.port, connections, count, depth)
+    edge.server.result()
+    for side in edge.spans(connections * count):
+        wrong = [
+            seen(span) for span in side if seen(span).status != _STATUSES[int(seen(span).path.rpartition("/")[2]) % 3]
+        ]
+        assert not wrong
+    assert not edge.dropped()
+
+
+def _serve_one_after_another(port: int, connections: int) -> None:
+    with listen(port) as listener:
+        for _ in range(connections):
+            with accept(listener) as connection:
+                _read_and_write(connection)
+
+
+def _request_one_after_another(port: int, connections: int, count: int, depth: int) -> None:
+    for index in range(connections):
+        _request_by_sender_and_receiver(port, count, depth, f"/{index}")
+
+
 def _serve_by_reader_and_writer(port: int, clients: int = 1) -> None:
+    with listen(port) as listener, ExitStack() as stack:
+        _read_and_write(*[stack.enter_context(accept(listener)) for _ in range(clients)])
+
+
+def _read_and_write(*connections: socket.socket) -> None:
     """One thread reads the requests of a connection, another one writes the responses, in order."""
 
     def read(connection: socket.socket, requests: queue.SimpleQueue) -> None:
@@ -368,10 +402,8 @@ def _serve_by_reader_and_writer(port: int, clients: int = 1) -> None:
         while (number := requests.get()) is not None:
             send_all(connection, response(_STATUSES[number % 3]))
 
-    with listen(port) as listener, ExitStack() as stack:
-        connections = [stack.enter_context(accept(listener)) for _ in range(clients)]
-        both = [(connection, queue.SimpleQueue()) for connection in connections]
-        _run_all([partial(do, *one) for one in both for do in (read, write)])
+    both = [(connection, queue.SimpleQueue()) for connection in connections]
+    _run_all([partial(do, *one) for one in both for do in (read, write)])
 
 
 def _request_by_sender_and_receiver(port: int, count: int, depth: int, name: str = "") -> None:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agent.hold import Hold
 from agent.kernel.records import Decoder
-from agent.model import ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, Span
+from agent.model import ConnectionClosed, End, Exchange, Flag, ProcessSeen, Segment, SegmentFlag, Span
 from agent.pipeline import PROCESS_IGNORED, PROCESS_TRACED, Pipeline
 from agent.process import Placement, ProcessTable, Selector
 from agent.propagation import FORMATS, Extractor
@@ -25,6 +25,7 @@ from tests.unit.kernel.wire import LAYOUT, batch, pack
 
 GET = b"GET /a HTTP/1.1\r\nHost: a\r\n\r\n"
 OK = b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"
+NOT_FOUND = b"HTTP/1.1 404 Not Found\r\nContent-Length: 2\r\n\r\nno"
 UNTIL_CLOSE = b"HTTP/1.1 200 OK\r\n\r\nhalf a"
 MALFORMED = b"GET /a b HTTP/1.1\r\n\r\n"
 NOT_STATUS = b"HTTP/1.1 abc\r\n\r\n"
@@ -481,6 +482,38 @@ def test_pipelined_requests_are_a_span_each():
     bench.assert_balanced(in_flight=0)
     bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 0, 3000 * MILLISECOND))
     assert bench.pipeline.streams == 0
+    bench.assert_balanced(in_flight=0)
+
+
+def test_a_response_that_is_told_of_before_its_request_is_still_its_response():
+    """A client's write returns when another thread has read the response already: the kernel marks it."""
+    marked = int(SegmentFlag.OVERTAKES)
+    bench = streamed(
+        Bench(),
+        segment(1, GET, role=CLIENT),
+        segment(2, OK, role=CLIENT),
+        segment(2, NOT_FOUND, len(OK), role=CLIENT, flags=marked),
+        segment(1, GET, len(GET), role=CLIENT),
+        segment(1, GET, 2 * len(GET), role=CLIENT),
+        segment(2, OK, len(OK + NOT_FOUND), role=CLIENT),
+    )
+    assert [error for _, error in bench.spans()] == ["", "404", ""]
+    assert bench.pipeline.stream_losses.unmatched_responses == 0
+    bench.assert_balanced(in_flight=0)
+
+
+@pytest.mark.parametrize("end", ["close", "time"])
+def test_a_response_whose_request_was_never_told_of_is_not_kept(end):
+    """It is read after all, as one that nothing asked for, and holds up nothing."""
+    bench = streamed(Bench(), segment(1, GET, role=CLIENT), segment(2, OK, role=CLIENT))
+    bench.send(segment(2, OK, len(OK), role=CLIENT, flags=int(SegmentFlag.OVERTAKES)))
+    assert bench.pipeline.stream_losses.unmatched_responses == 0
+    if end == "close":
+        bench.send(ConnectionClosed(4, 1, int(End.CLOSED), 0, 50, 0, 3000 * MILLISECOND))
+    else:
+        bench.sweep(3000)
+    assert bench.pipeline.stream_losses.unmatched_responses == 1
+    assert [error for _, error in bench.spans()] == [""]
     bench.assert_balanced(in_flight=0)
 
 

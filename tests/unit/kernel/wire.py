@@ -71,7 +71,7 @@ def _describe_enum(prefix: str, first: int, names: str) -> str:
 DESCRIPTIONS = {
     **{name: _describe_struct(members) for name, members in _STRUCTS.items()},
     **{name: _describe_enum(*parts) for name, parts in _ENUMS.items()},
-    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\nSEGMENT_TLS 4\n",
+    "segment_flag": "SEGMENT_HTTP2 1\nSEGMENT_AT_FRAME 2\nSEGMENT_TLS 4\nSEGMENT_OVERTAKES 8\n",
     "exchange_flag": "".join(f"FLAG_{name} {1 << bit}\n" for bit, name in enumerate(_FLAGS.split())),
 }
 LAYOUT = WireLayout.from_descriptions(DESCRIPTIONS.__getitem__)
