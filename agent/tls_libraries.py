@@ -25,6 +25,10 @@ _MAPS_BYTES = 1024 * 1024
 _KNOWN_FILES = 4096
 _MAPPINGS = 64
 """Of one process that are looked at: a real one has a handful."""
+_CODE = re.compile(
+    rb"([0-9a-f]{1,16})-([0-9a-f]{1,16}) [-r][-w]x[-ps] [0-9a-f]+ [0-9a-f]+:[0-9a-f]+ (\d{1,20}) +(/[^\0]*)"
+)
+"""A line of the memory map (proc(5)), of code from a file: begin, end, inode and path."""
 _LIBRARY = re.compile(rb"/lib(?:ssl|boringssl|gnutls|node)(?=[^/\n]*+$)[^/\n]*?\.so")
 
 FAMILIES: tuple[dict[str, str], ...] = (
@@ -203,12 +207,11 @@ class Libraries:
         found = []
         for line in lines:
             if b".so" in line and _LIBRARY.search(line.removesuffix(b" (deleted)")):
-                fields = line.split(None, 5)
-                if len(fields) == 6 and b"x" in fields[1]:
-                    start, _, end = fields[0].partition(b"-")
-                    span = f"{int(start, 16):x}-{int(end, 16):x}"
-                    path = fields[5].removesuffix(b" (deleted)").decode("utf-8", "surrogateescape")
-                    found.append(_Mapping(span, int(fields[4]), path))
+                code = _CODE.fullmatch(line)
+                if code is not None:
+                    span = f"{int(code[1], 16):x}-{int(code[2], 16):x}"
+                    path = code[4].removesuffix(b" (deleted)").decode("utf-8", "surrogateescape")
+                    found.append(_Mapping(span, int(code[3]), path))
                     if len(found) == _MAPPINGS:
                         break
         return found

@@ -10,6 +10,7 @@ environment that is read otherwise than getenv would is a finding. The files are
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 from contextlib import nullcontext
@@ -28,6 +29,7 @@ with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext()
     from agent.model import ProcessSeen
     from agent.otlp.encode import encode_resource
     from agent.process import ProcessInfo, ProcessTable, Selector, parse_resource_attributes, systemd_unit
+    from agent.tls_libraries import _MAPPINGS, Libraries
 
 SEPARATOR = b"\xff\xfe\xff"
 PARTS = 8
@@ -151,6 +153,23 @@ def check_alive(info: ProcessInfo, files: Files) -> None:
     assert info.service_name == (name or systemd_unit(files.cgroup) or info.executable_name)
 
 
+def check_libraries(files: Files) -> None:
+    """Assert that mappings are read as they are told, and that nothing that is not there is opened."""
+    libraries = Libraries(Path(os.fsdecode(ROOT)))
+    mapped = libraries._mapped(PID)
+    assert (mapped is None) == (not files.contents[b"maps"].splitlines())
+    assert len(mapped or ()) <= _MAPPINGS
+    for mapping in mapped or ():
+        assert re.fullmatch(r"[0-9a-f]{1,16}-[0-9a-f]{1,16}", mapping.span)
+        path = os.fsencode(mapping.path)
+        assert path.startswith(b"/")
+        assert b"%d" % mapping.inode in files.contents[b"maps"]
+        assert path in files.contents[b"maps"]
+    assert not libraries.shared(PID)
+    assert len(libraries.files(PID)) <= 1  # the executable
+    assert libraries.switches_stacks(PID) in (False, True)
+
+
 def check(data: bytes) -> None:
     """The entry point for atheris."""
     with Files(data) as files:
@@ -169,6 +188,7 @@ def check(data: bytes) -> None:
             assert info.executable_name == announced
         assert table.lookup(PID, START_NS) is info
         check_info(new_table().lookup(PID, START_NS, comm))
+        check_libraries(files)
         assert descriptors() == before
 
 
