@@ -18,8 +18,9 @@ import pytest
 
 from tests.collector import CollectedSpan
 from tests.e2e import servers
-from tests.e2e.harness import AgentProcess, curl, free_port, show, wait_until
-from tests.e2e.test_tls import nginx, open_files, wait_for_libraries
+from tests.e2e.harness import AgentProcess, Process, curl, free_port, show, wait_until
+from tests.e2e.servers import APPS
+from tests.e2e.test_tls import SYSTEM_PYTHON, nginx, open_files, own_library, wait_for_libraries
 from tests.e2e.tls_any import ClientFactory
 
 OPENSSL = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
@@ -162,6 +163,30 @@ def kernel_bytes(tracing: AgentProcess) -> int:
         for one in directory.iterdir()
     )
     return sum(int(found[1]) for found in told if found)
+
+
+def test_a_library_is_watched_while_it_has_users(watching: Watching, public_path: Path, pem: Path):
+    """Python with a library of its own is seen; when it ends, the probes are taken back. The file may be replaced on
+    disk meanwhile.
+    """
+    rounds = 10
+    for number in range(rounds):
+        library = public_path / f"library-{number}"
+        environment = own_library(library, OWN)
+        command = [SYSTEM_PYTHON, APPS / "tls_client.py", str(watching.port), pem, "3", "again"]
+        log = public_path / f"client-{number}.log"
+        with Process(command, log=log, env=environment, stdin=subprocess.PIPE) as client:
+            wait_until(lambda client=client: client.output().count("200") == 3, client.output)
+            watching.wait_for_attached(number + 1)
+            (library / OWN).unlink()
+            (library / OWN).write_bytes(b"another version")
+            client.popen.communicate(b"\n", timeout=30)
+            assert client.popen.returncode == 0, client.output()
+    watching.tracing.settle()
+    urls = [span.attributes.get("url.full", "") for span in watching.spans()]
+    assert sum("id=again-" in url for url in urls) == 3 * rounds, show(watching.spans()) + watching.tracing.state()
+    assert sum(span.kind == "SERVER" for span in watching.spans()) == 6 * rounds
+    watching.assert_nothing_left()
 
 
 def test_a_thousand_starts_and_ends_leave_nothing(
