@@ -304,6 +304,8 @@ class Agent:
         if old.export != config.export:
             self._apply_export(config, destination)
         if old.resource != config.resource:
+            if self.batcher is not None:
+                self.batcher.flush()  # what is encoded leaves as it was described
             self.processes.describe_with(tuple(config.resource.attributes.items()))
         self.selector = selector
         self._use_overrides(overrides, time.time_ns())

@@ -6,6 +6,7 @@ import json
 import signal
 import socket
 import time
+from collections import Counter
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -193,19 +194,31 @@ def test_the_end_waits_for_what_came_from_an_old_endpoint(serve, public_path: Pa
     assert '"exported":100,"not_delivered":0' in tracing.stderr()
 
 
-def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: Path):
+def test_retuning_under_load(serve, start, public_path: Path, tmp_path: Path, collector: Collector):
     """30 changes during a run of wrk lose no span, and no span was made half by one configuration, half by another.
 
-    10 files in between are refused for one of their keys, and nothing else of them is applied: all of them would trace
-    nothing any more.
+    Every change is one of the trace formats, the headers that are captured, what is redacted, the routes, the resource
+    and the bytes that are captured of a head; every other one is one of the endpoint, too. 10 files in between are
+    refused for one of their keys, and nothing else of them is applied: all of them would trace nothing any more.
     """
     port = free_port()
     process = serve(servers.python_threads(port, public_path), port)
+    other = Collector()
 
     def config(number: int) -> dict:
+        is_odd = number % 2 == 1
         return {
-            "routes": {"patterns": [f"/{'{kind}' if number % 2 else '{thing}'}/{{status}}"]},
-            "capture": {"request_headers": ["x-odd" if number % 2 else "x-even"]},
+            "routes": {"patterns": [f"/{'{kind}' if is_odd else '{thing}'}/{{status}}"]},
+            "capture": {
+                "request_headers": ["x-odd" if is_odd else "x-even"],
+                "response_headers": ["server" if is_odd else "date"],
+                "request_head_bytes": 1024 if is_odd else 2048,
+            },
+            "redaction": {"query_keys": ["sleep" if is_odd else "other"]},
+            "propagation": {"formats": ["b3" if is_odd else "tracecontext"]},
+            "resource": {"attributes": {"tuned": "odd" if is_odd else "even"}},
+            "sampling": {"parent_based": is_odd},
+            "export": {"otlp": {"endpoint": (collector if number % 4 < 2 else other).endpoint}},
         }
 
     nothing = {"sampling": {"ratio": 0.0, "parent_based": False}, "select": {"executables": {"include": []}}}
@@ -225,36 +238,74 @@ def test_retuning_under_load(agent, serve, start, public_path: Path, tmp_path: P
     ]
     wrong.append("a: [")
     file = MountedFile(tmp_path / "mounted", config(0))
-    tracing = agent([port], config=file.path, settings={"select.executables.exclude": ["wrk"]})
+    settings = {"select.executables.exclude": ["wrk"], "export.console": "off"}
+    tracing = AgentProcess(tmp_path, None, [port], settings, config=file.path)
+    tracing.collector = collector
     tracing.expects_errors = True
-    wrk = ["wrk", "-t1", "-c8", "-d120s", "-H", "x-odd: yes", "-H", "x-even: yes"]
-    load = start([*wrk, f"http://127.0.0.1:{port}/status/200?sleep=0.05"])
-    for number in range(1, 31):
-        if number % 3 == 0:
-            change(tracing, file, wrong[number // 3 - 1], "config_refused")
-        changed = change(tracing, file, config(number))
-        assert set(changed["changed"]) == {"routes.patterns", "capture.request_headers"}
-        assert changed["needs_restart"] == []
-    assert len(events(tracing, "config_refused")) == len(wrong) == 10
-    assert len(events(tracing, "config_applied")) == 30
-    load.popen.send_signal(signal.SIGINT)
-    load.popen.wait(20)
-    books = tracing.settle(30)
-    assert books.dropped.keys() <= {"not_selected"}  # what wrk did before it was known to be left out
-    assert books.in_flight == 0
-    assert process.stop() == 0, process.output()
+    odd_trace, even_trace = "0" * 31 + "1", "0" * 31 + "2"
+    headers = [
+        "x-odd: yes",
+        "x-even: yes",
+        f"b3: {odd_trace}-{'1' * 16}-1",
+        f"traceparent: 00-{even_trace}-{'2' * 16}-01",
+    ]
+    wrk = ["wrk", "-t1", "-c8", "-d120s", *(word for header in headers for word in ("-H", header))]
+    with other, tracing:
+        load = start([*wrk, f"http://127.0.0.1:{port}/status/200?sleep=0.05"])
+        for number in range(1, 31):
+            if number % 3 == 0:
+                change(tracing, file, wrong[number // 3 - 1], "config_refused")
+            changed = change(tracing, file, config(number))
+            assert set(changed["changed"]) == {
+                "routes.patterns",
+                "capture.request_headers",
+                "capture.response_headers",
+                "capture.request_head_bytes",
+                "redaction.query_keys",
+                "propagation.formats",
+                "resource.attributes",
+                "sampling.parent_based",
+                *(["export.otlp.endpoint"] if number % 2 == 0 else []),
+            }
+            assert changed["needs_restart"] == []
+        assert len(events(tracing, "config_refused")) == len(wrong) == 10
+        assert len(events(tracing, "config_applied")) == 30
+        load.popen.send_signal(signal.SIGINT)
+        load.popen.wait(20)
+        wait_until(lambda: tracing.books().on_the_way == 0, lambda: tracing.state())
+        books = tracing.books()
+        assert books.dropped.keys() <= {"not_selected"}  # what wrk did before it was known to be left out
+        assert not books.undelivered
+        assert process.stop() == 0, process.output()
     account = json.loads((public_path / f"python-{port}.json").read_text())
-    served = tracing.spans(port, "SERVER")
+    served = [span for at in (collector, other) for span in at.spans() if span.kind == "SERVER"]
     assert len(served) == len(account) > 1000
-    seen = set()
+    assert min(collector.span_count, other.span_count) > 100
+    made: Counter[bool] = Counter()
+    late = 0
     for span in served:
-        route = span.attributes["http.route"]
-        odd = "http.request.header.x-odd" in span.attributes
-        assert odd != ("http.request.header.x-even" in span.attributes)
-        assert route == ("/{kind}/{status}" if odd else "/{thing}/{status}")
-        assert span.name == f"GET {route}"
-        seen.add(odd)
-    assert seen == {True, False}
+        told = {
+            "route": span.attributes["http.route"],
+            "name": span.name,
+            "request headers": {name for name in span.attributes if name.startswith("http.request.header.")},
+            "response headers": {name for name in span.attributes if name.startswith("http.response.header.")},
+            "query": span.attributes["url.query"],
+            "trace": span.trace_id,
+        }
+        odd = "http.request.header.x-odd" in told["request headers"]
+        kind = "kind" if odd else "thing"
+        assert told == {
+            "route": f"/{{{kind}}}/{{status}}",
+            "name": f"GET /{{{kind}}}/{{status}}",
+            "request headers": {"http.request.header." + ("x-odd" if odd else "x-even")},
+            "response headers": {"http.response.header." + ("server" if odd else "date")},
+            "query": "sleep=REDACTED" if odd else "sleep=0.05",
+            "trace": odd_trace if odd else even_trace,
+        }
+        made[odd] += 1
+        late += span.resource["tuned"] != ("odd" if odd else "even")
+    assert min(made.values()) > 100
+    assert late < len(served) / 10  # a resource is that of the moment at which the span leaves
 
 
 def test_what_is_wrong_changes_nothing(serve, public_path: Path, tmp_path: Path, collector: Collector):
