@@ -1299,6 +1299,7 @@ static __always_inline void forget_interim(struct connection *connection)
 	connection->state = STATE_REQUEST;
 	connection->data_length = exchange->request_captured;
 	exchange->response_bytes = 0;
+	connection->stream_offsets[1] = 0;
 	exchange->response_start_ns = 0;
 	exchange->response_end_ns = 0;
 	exchange->flags |= FLAG_INTERIM;
@@ -1417,6 +1418,7 @@ static __always_inline void on_response_bytes(struct connection *connection, str
 	connection->state = STATE_RESPONSE;
 	fence();
 	if (unfollowed(connection->mode) == MODE_STREAM) {
+		connection->state = STATE_IDLE; /* as it always is in this mode */
 		if (!entering && !connection->http2) { /* else when the write returns */
 			connection->stream_offsets[1] = 0;
 			stream_transfer(connection, transfer, true);
@@ -1816,10 +1818,12 @@ static __always_inline void settle_write(struct connection *connection, long mov
 		return;
 	}
 	missing = connection->write_offered - (moved > 0 ? moved : 0);
-	if (response)
+	if (response) {
 		exchange->response_bytes -= missing;
-	else
+		connection->stream_offsets[1] = exchange->response_bytes;
+	} else {
 		exchange->request_bytes -= missing;
+	}
 	kept = connection->undo_data_length + (moved > 0 ? moved : 0);
 	if (connection->undo_state == STATE_IDLE && !response)
 		kept = moved > 0 ? moved : 0;

@@ -212,6 +212,45 @@ def _request_overlapped(port: int, pieces: Sequence[int]) -> None:
         receive(connection, len(response(202)))
 
 
+_PROCESSING = b"HTTP/1.1 102 Processing\r\n\r\n"
+
+
+@pytest.mark.parametrize("before", ["interim", "refused"])
+def test_pipelining_behind_what_was_no_response(edge: Edge, before: str) -> None:
+    """The next request comes behind an interim response, or a write that the kernel refused as a whole: both requests
+    are still waiting, and their responses are those that come.
+    """
+    edge.server.start(_serve_behind, edge.port, before)
+    edge.client.call(_request_behind, edge.port, before)
+    edge.server.result()
+    edge.expect([("/first", 200), ("/second", 404)], linked=False)
+
+
+def _serve_behind(port: int, before: str) -> None:
+    with listen(port) as listener, accept(listener) as connection:
+        receive_head(connection)
+        if before == "interim":
+            send_all(connection, _PROCESSING)
+        else:
+            with pytest.raises(OSError, match="Invalid argument"):
+                connection.sendmsg([response(500)], [(socket.SOL_SOCKET, 0x7FFF, b"nothing known")])
+        receive_head(connection)
+        send_all(connection, response(200))
+        send_all(connection, response(404))
+        connection.recv(1)
+
+
+def _request_behind(port: int, before: str) -> None:
+    with connect(port) as connection:
+        send_all(connection, request("/first"))
+        if before == "interim":
+            receive(connection, len(_PROCESSING))
+        else:
+            time.sleep(0.1)
+        send_all(connection, request("/second"))
+        receive(connection, len(response(200)) + len(response(404)))
+
+
 def test_pipelining_into_nginx(edge: Edge, tmp_path: Path) -> None:
     """Fifty requests to nginx before any response is read, in one send, in fifty, cut anywhere: fifty spans a side."""
     port = edge.other_ports[0]
