@@ -81,6 +81,7 @@ test)
 	need_command nghttp nghttp2-client
 	need_command h2load nghttp2-client
 	need_command nghttpd nghttp2-server
+	need_command nghttpx nghttp2-proxy
 	need_command strace strace
 	need_file "/usr/lib/$(uname -m)-linux-gnu/android/libssl.so.0" android-libboringssl
 	install_packages

@@ -1,0 +1,60 @@
+"""tools/setup.sh installs what the tests start, so that they also pass on a machine where nobody installed it by hand."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+BASE = {"required", "important", "standard"}
+"""Priorities of packages that every Debian has."""
+COMES_WITH = {"java": "javac", "cc": "gcc", "nm": "gcc"}
+"""Commands of packages that another command's depends on."""
+
+
+def started() -> dict[str, str]:
+    """What stands first in a list of words somewhere in the tests and is a command here -> where."""
+    found = {}
+    for path in sorted((ROOT / "tests").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.List) and len(node.elts) > 1 and isinstance(node.elts[0], ast.Constant):
+                word = node.elts[0].value
+                if isinstance(word, str) and re.fullmatch(r"[a-z][a-z0-9_.+-]*", word) and shutil.which(word):
+                    found.setdefault(word, f"{path.relative_to(ROOT)}:{node.lineno}")
+    return found
+
+
+def package_of(command: str) -> str:
+    """The package that brings a command, or nothing."""
+    for path in {shutil.which(command), str(Path(shutil.which(command)).resolve())}:
+        for name in {path, path.removeprefix("/usr")}:  # packages may know it by its place before /usr was merged
+            done = subprocess.run(["dpkg", "-S", name], capture_output=True, text=True, check=False)
+            if done.returncode == 0:
+                return done.stdout.partition(":")[0]
+    return ""
+
+
+@pytest.mark.skipif(shutil.which("dpkg") is None, reason="packages are Debian's")
+def test_what_the_tests_start_is_installed_by_the_set_up():
+    """By the name of the command; else its package is one that every Debian has."""
+    script = (ROOT / "tools" / "setup.sh").read_text()
+    named = set(re.findall(r"need_command (\S+) \S+", script))
+    commands = started()
+    assert {"nghttpx", "nghttpd", "wrk"} <= commands.keys()
+    missing = {}
+    for command, place in commands.items():
+        if COMES_WITH.get(command, command) in named:
+            continue
+        package = package_of(command)
+        query = ["dpkg-query", "-W", "-f=${Priority} ${Essential}", package or "none"]
+        priority, _, essential = subprocess.run(query, capture_output=True, text=True, check=False).stdout.partition(
+            " "
+        )
+        if not (priority in BASE or essential == "yes" or re.search(rf"\b{re.escape(package or '-')}\b", script)):
+            missing[command] = (place, package, priority)
+    assert not missing
