@@ -1,4 +1,4 @@
-"""tools/setup.sh installs what the tests start, so that they also pass on a machine where nobody installed it by hand."""
+"""tools/setup.sh installs what the tests start: they also pass where nobody installed anything by hand."""
 
 from __future__ import annotations
 
@@ -31,11 +31,13 @@ def started() -> dict[str, str]:
 
 def package_of(command: str) -> str:
     """The package that brings a command, or nothing."""
-    for path in {shutil.which(command), str(Path(shutil.which(command)).resolve())}:
-        for name in {path, path.removeprefix("/usr")}:  # packages may know it by its place before /usr was merged
+    path = Path(shutil.which(command))
+    for place in map(str, (path.resolve(), path)):
+        for name in (place, place.removeprefix("/usr")):  # packages may know it by its place before /usr was merged
             done = subprocess.run(["dpkg", "-S", name], capture_output=True, text=True, check=False)
-            if done.returncode == 0:
-                return done.stdout.partition(":")[0]
+            owners = [line for line in done.stdout.splitlines() if not line.startswith("diversion ")]
+            if owners:
+                return owners[0].partition(":")[0]
     return ""
 
 
