@@ -589,6 +589,7 @@ def test_the_capabilities_that_open_processes_for_tls(
     ports = {name: free_port() for name in ("root's", "another user's", "closed")}
     plain = free_port()
     processes = {}
+    apps = Path(shutil.copytree(APPS, public_path / "apps"))  # another user may not read what lies below /root
     for name, port in ports.items():
         # Each has a copy of the library that nobody else on the host uses.
         library = public_path / f"library-{port}"
@@ -600,7 +601,8 @@ def test_the_capabilities_that_open_processes_for_tls(
             made = serving("nginx-1.3", port, public_path, pem)
         else:
             made = serving("python-ssl", port, public_path, pem)
-            made = dataclasses.replace(made, arguments=["setpriv", "--reuid", str(NOBODY), *made.arguments])
+            copied = [apps / one.name if one == APPS / "tls_threads.py" else one for one in made.arguments]
+            made = dataclasses.replace(made, arguments=["setpriv", "--reuid", str(NOBODY), *copied])
         processes[name] = serve(dataclasses.replace(made, environment=environment), port)
     serve(servers.python_threads(plain, public_path), plain)
     kept = [name for name in ("BPF", "PERFMON", "SYS_PTRACE", "DAC_READ_SEARCH") if name != missing]
