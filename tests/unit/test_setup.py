@@ -8,8 +8,6 @@ import shutil
 import subprocess
 from pathlib import Path
 
-import pytest
-
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"required", "important", "standard"}
 """Priorities of packages that every Debian has."""
@@ -41,7 +39,6 @@ def package_of(command: str) -> str:
     return ""
 
 
-@pytest.mark.skipif(shutil.which("dpkg") is None, reason="packages are Debian's")
 def test_what_the_tests_start_is_installed_by_the_set_up():
     """By the name of the command; else its package is one that every Debian has."""
     script = (ROOT / "tools" / "setup.sh").read_text()
