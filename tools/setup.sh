@@ -83,6 +83,8 @@ test)
 	need_command nghttpd nghttp2-server
 	need_command nghttpx nghttp2-proxy
 	need_command strace strace
+	need_command wget wget
+	need_command git git
 	need_file "/usr/lib/$(uname -m)-linux-gnu/android/libssl.so.0" android-libboringssl
 	install_packages
 	fetch_openssl_1_1
