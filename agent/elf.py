@@ -6,6 +6,7 @@ reads without a bound, trusts a number of the file, raises for what is in it.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Callable, Collection, Iterator
 
@@ -24,6 +25,10 @@ _TABLES = 4
 """Symbol tables that are looked at; linkers make two."""
 _CANDIDATES = 65536
 """Places of a symbol table that hold the number of a name, whatever they are."""
+_NAME_BYTES = 512
+"""Of a name that is looked for by its parts."""
+_NAMES_LIKE = 64
+"""So many of these are followed: a program has one of a function per version of a library in it."""
 _CHUNK_BYTES = 24 << 14
 """A multiple of the size of a symbol."""
 _SYMBOL_TABLES = (11, 2)  # SHT_DYNSYM, which is shorter and looked at first, SHT_SYMTAB
@@ -116,23 +121,40 @@ def function_offsets(read_at: ReadAt, names: Collection[str]) -> dict[str, int]:
 
     Layout: System V ABI, "Symbol table".
     """
-    layout = read_layout(read_at)
-    if layout is None:
-        return {}
-    sections = layout.sections
     wanted = {name.encode(): name for name in names}
     found: dict[str, int] = {}
+    for name, offset in _defined(read_at, lambda at, size: names_at(read_at, at, size, wanted)):
+        found.setdefault(name, offset)
+    return found
+
+
+def functions_with(read_at: ReadAt, part: bytes, pattern: re.Pattern[bytes]) -> list[int]:
+    """The file offsets of the functions whose whole names match, all of which hold ``part``: mangled names have hashes.
+
+    Names of more than ``_NAME_BYTES`` are not looked at.
+    """
+    found = _defined(read_at, lambda at, size: _names_with(read_at, at, size, part, pattern))
+    return sorted({offset for _, offset in found})
+
+
+def _defined(read_at: ReadAt, find: Callable[[int, int], dict[int, str]]) -> Iterator[tuple[str, int]]:
+    """Name and file offset of each function that has one of the names which ``find(offset, size)`` finds in a string
+    table, by their places there.
+    """
+    layout = read_layout(read_at)
+    if layout is None:
+        return
+    sections = layout.sections
     tables = sorted((one for one in sections if one.kind in _SYMBOL_TABLES), key=lambda one: -one.kind)
     for table in tables[:_TABLES]:
         if table.link >= len(sections) or table.entry_size != _SYMBOL.size:
             continue
         strings = sections[table.link]
-        indices = names_at(read_at, strings.offset, min(strings.size, _NAMES_BYTES), wanted)
+        indices = find(strings.offset, min(strings.size, _NAMES_BYTES))
         for index, address in _symbols(read_at, table.offset, min(table.size, _SYMBOLS_BYTES), indices):
             offset = layout.offset_of(address)
             if offset is not None:
-                found.setdefault(indices[index], offset)
-    return found
+                yield indices[index], offset
 
 
 def _table(read_at: ReadAt, offset: int, count: int, entry: struct.Struct) -> Iterator[tuple[int, ...]]:
@@ -167,6 +189,20 @@ def names_at(read_at: ReadAt, offset: int, size: int, wanted: dict[bytes, str]) 
                 found[start + at + 1] = wanted[name]
         if len(found) == len(wanted):
             break
+    return found
+
+
+def _names_with(read_at: ReadAt, offset: int, size: int, part: bytes, pattern: re.Pattern[bytes]) -> dict[int, str]:
+    """Where names stand that match and hold ``part``."""
+    found: dict[int, str] = {}
+    for start, data in chunks(read_at, offset, size, _NAME_BYTES):
+        at = data.find(part)
+        while at >= 0 and len(found) < _NAMES_LIKE:
+            begin = data.rfind(b"\0", max(0, at - _NAME_BYTES), at) + 1
+            name = data[begin : data.find(b"\0", at)]
+            if begin and len(name) <= _NAME_BYTES and pattern.fullmatch(name):
+                found[start + begin] = name.decode("ascii", "replace")
+            at = data.find(part, at + 1)
     return found
 
 

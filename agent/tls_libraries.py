@@ -16,7 +16,7 @@ from pathlib import Path
 
 import msgspec
 
-from agent.elf import ReadAt, function_offsets, read_layout
+from agent.elf import ReadAt, function_offsets, functions_with, read_layout
 from agent.file_identity import Identity, identity_of
 from agent.go_binary import GoUnseenError, crypto_tls_calls
 from agent.process import ProcessInfo, language_of_elf
@@ -48,6 +48,16 @@ FAMILIES: tuple[dict[str, str], ...] = (
     },
 )
 """The functions of OpenSSL and its like, and of GnuTLS, and the program that is for each."""
+RUSTLS = {"take_received_plaintext": "on_rust_received", "buffer_plaintext": "on_rust_write"}
+"""The methods of rustls's CommonState, and the program that is for each. Versions before 0.23 lack the second one."""
+_RUSTLS_NAMES = {
+    method: re.compile(
+        rb"(?:_ZN6rustls12common_state11CommonState%(name)b17h[0-9a-f]{16}E"
+        rb"|_RNvM\w*?6rustls12common_stateNt\w*?11CommonState%(name)b)(?:\.llvm\.\d+)?" % {b"name": name}
+    )
+    for method, name in ((method, b"%d%b" % (len(method), method.encode())) for method in RUSTLS)
+}
+"""As the compiler names them: with a hash, or in the form of RFC 2603."""
 _INNER = (("SSL_read", "SSL_read_ex", "on_tls_read_ex"), ("SSL_write", "SSL_write_ex", "on_tls_write_ex"))
 _PROLOGUE_BYTES = 64
 _X86_64 = b"\x3e\0"  # EM_X86_64
@@ -141,9 +151,12 @@ class Libraries:
         """
         return self._look(*self._open_executable(tgid), self._functions_of_executable)
 
-    def go_executable(self, tgid: int) -> Library | None:
-        """The executable of a process, if it is a Go program; to be closed. Of others little is read."""
-        return self._look(*self._open_executable(tgid), self._functions_of_go)
+    def with_own_tls(self, tgid: int) -> Library | None:
+        """The executable of a process, if it is a Go program, or one in Rust that has rustls; to be closed.
+
+        Of others little is read.
+        """
+        return self._look(*self._open_executable(tgid), self._functions_of_its_own)
 
     def _open_executable(self, tgid: int) -> tuple[int | None, str]:
         fd = _open(f"{self._proc_root}/{tgid}/exe")
@@ -278,7 +291,27 @@ class Libraries:
         return tuple(functions.values()), ""
 
     def _functions_of_executable(self, read_at: ReadAt) -> tuple[tuple[Function, ...], str]:
-        return self._functions_of_go(read_at) or self._functions(read_at)
+        found = self._functions_of_go(read_at)
+        if found is not None:
+            return found
+        functions, reason = self._functions(read_at)
+        return (*functions, *self._functions_of_rust(read_at)), reason
+
+    def _functions_of_its_own(self, read_at: ReadAt) -> tuple[tuple[Function, ...], str] | None:
+        found = self._functions_of_go(read_at)
+        return self._functions_of_executable(read_at) if found is None and self._functions_of_rust(read_at) else found
+
+    @staticmethod
+    def _functions_of_rust(read_at: ReadAt) -> tuple[Function, ...]:
+        """Those of rustls: in pairs, one of each for every version of it that is in the program. A compiler may have
+        put either into its callers.
+        """
+        if language_of_elf(read_at) != "rust":
+            return ()
+        found = {method: functions_with(read_at, method.encode(), pattern) for method, pattern in _RUSTLS_NAMES.items()}
+        if not all(found.values()):
+            return ()
+        return tuple(Function(RUSTLS[method], offset) for method, offsets in found.items() for offset in offsets)
 
     @staticmethod
     def _functions_of_go(read_at: ReadAt) -> tuple[tuple[Function, ...], str] | None:

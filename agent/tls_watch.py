@@ -45,7 +45,9 @@ LOOK_SECONDS = 5.0
 """How often it is looked whether files still have users."""
 _LOGGED_EXECUTABLES = 256
 _LOGGED_PROCESSES = 10
-_RETURNS = frozenset(("on_tls_read", "on_tls_read_ex", "on_tls_write", "on_tls_write_ex", "on_tls_handshake"))
+_TLS_CALLS = ("on_tls_read", "on_tls_read_ex", "on_tls_write", "on_tls_write_ex", "on_tls_handshake")
+_RETURNS = dict.fromkeys(_TLS_CALLS, "on_tls_return") | {"on_rust_write": "on_rust_return"}
+"""Program for a call -> the one for its return."""
 _GO_RETURNS = frozenset(("on_go_read_return", "on_go_write_return"))
 
 
@@ -56,7 +58,7 @@ class Probes(Protocol):
     def try_return(self) -> list[Any]: ...
     def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any: ...
     def unwatch(self, links: Iterable[Any]) -> None: ...
-    def count_watched(self, files: int) -> None: ...
+    def count_watched(self, files: int, rust_files: int) -> None: ...
     def forget_tls_told(self, tgid: int) -> None: ...
     def announce_tls(self, wanted: bool) -> None: ...
 
@@ -71,10 +73,11 @@ def raise_descriptor_limit() -> int:
 
 
 class _Watched:
-    def __init__(self, name: str, links: list[Any], returns: int) -> None:
-        self.name = name
+    def __init__(self, library: Library, links: list[Any]) -> None:
+        self.name = library.name
         self.links = links
-        self.returns = returns  # so many of the links, the first ones, are where calls end
+        self.returns = len(_ends(library))  # so many of the links, the first ones, are where calls end
+        self.is_rust = any(function.program == "on_rust_write" for function in library.functions)
         self.users: set[int] = set()
         self.unused_since: float | None = None
 
@@ -231,13 +234,13 @@ class TlsWatch:
                 look_at = time.monotonic() + LOOK_SECONDS
 
     def _survey(self, processes: Iterator[int]) -> Iterator[int] | None:
-        """Watch the next Go program that ran before the agent; None when there are no more.
+        """Watch the next program with Go's TLS or rustls that ran before the agent; None when there are no more.
 
         Its first connection would tell of it, but the request that comes with that one is over before the probes are
         there. Those who are told of meanwhile come first.
         """
         for tgid in processes:
-            library = self._libraries.go_executable(tgid) if tgid != self._own_tgid else None
+            library = self._libraries.with_own_tls(tgid) if tgid != self._own_tgid else None
             if library is not None:
                 self._use(library, tgid)
                 return processes
@@ -249,7 +252,7 @@ class TlsWatch:
         if found is None:
             self._report(info, "privilege" if self._libraries.is_closed(tgid) else "gone")
             return
-        if not found or info.language == "go":  # which may use a library beside Go's own TLS
+        if not found or info.language in ("go", "rust"):  # which may use a library beside their own TLS
             executable = self._libraries.executable(tgid)
             if executable is not None and executable.reason == "go_no_tls" and found:
                 executable.close()
@@ -312,9 +315,9 @@ class TlsWatch:
             except SpanloomError as error:
                 self._refuse(library, "attach", str(error))
                 return "attach"
-            watched = self._watched[library.identity] = _Watched(library.name, links, len(_ends(library)))
+            watched = self._watched[library.identity] = _Watched(library, links)
             self.attached += 1
-            self._probes.count_watched(self.files)
+            self._count_watched()
             event(_log, "tls_attached", library=library.name, functions=len(library.functions), pid=tgid)
         watched.unused_since = None
         if len(watched.users) < MAX_USERS:
@@ -383,9 +386,13 @@ class TlsWatch:
         self._probes.unwatch(link for watched in released for link in watched.links[: watched.returns])
         self._count_detached(*released)
 
+    def _count_watched(self) -> None:
+        rust_files = sum(watched.is_rust for watched in (*self._watched.values(), *self._leaving.values()))
+        self._probes.count_watched(self.files, rust_files)
+
     def _count_detached(self, *released: _Watched) -> None:
         self.detached += len(released)
-        self._probes.count_watched(self.files)
+        self._count_watched()
         for watched in released:
             event(_log, "tls_detached", library=watched.name)
 
@@ -413,7 +420,8 @@ def _probes_on(library: Library) -> int:
 
 
 def _has_returns(library: Library) -> bool:
-    return any(function.program in _RETURNS for function in library.functions)
+    """Of calls that may leave a stack for another one half-way. What is watched of rustls calls nothing."""
+    return any(function.program in _TLS_CALLS for function in library.functions)
 
 
 def _ends(library: Library) -> list[tuple[str, int, bool]]:
@@ -423,7 +431,7 @@ def _ends(library: Library) -> list[tuple[str, int, bool]]:
     ends = []
     for function in library.functions:
         if function.program in _RETURNS:
-            ends.append(("on_tls_return", function.offset, True))
+            ends.append((_RETURNS[function.program], function.offset, True))
         elif function.program in _GO_RETURNS:
             ends.append((function.program, function.offset, False))
     return ends

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: (GPL-2.0-only OR BSD-2-Clause)
 /* Captures HTTP exchanges and follows sockets and tasks. User space loads the programs of one of the first three files,
- * and attaches those of tls.bpf.h and gotls.bpf.h to the TLS libraries and Go programs that it finds.
+ * and attaches those of tls.bpf.h, gotls.bpf.h and rustls.bpf.h to the TLS libraries and programs that it finds.
  */
 #include "sockets.bpf.h"
 #include "functions.bpf.h"
 #include "syscalls.bpf.h"
 #include "tls.bpf.h"
 #include "gotls.bpf.h"
+#include "rustls.bpf.h"
 
 char _license[] SEC("license") = "Dual BSD/GPL";
 

@@ -252,6 +252,7 @@ struct user_mmsghdr {
 #define TCP_FIN_WAIT2 5
 #define TCP_CLOSING 11
 #define TCP_CLOSE 7
+#define TCP_ESTABLISHED 1
 #define TCP_CLOSE_WAIT 8
 #define TCP_LAST_ACK 9
 #define SHUTDOWN_MASK 3 /* include/net/sock.h: RCV_SHUTDOWN | SEND_SHUTDOWN */

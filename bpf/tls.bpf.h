@@ -280,18 +280,22 @@ static __always_inline bool find_role(struct connection *connection, const struc
 	return true;
 }
 
-/* Plaintext of a tied connection comes through here, as on_transfer() has what is sent in the clear. `direction` is of
- * enum tls_direction. Global for the reason given at absorb_iovecs().
+/* Plaintext of a tied connection comes through here, as on_transfer() has what is sent in the clear. `address` is that of
+ * the bytes, or of iov_count iovecs; `direction` is of enum tls_direction. Global for the reason given at absorb_iovecs().
  */
-__noinline int on_plaintext(__u64 sock, __u64 buffer, __u64 length, __u64 direction)
+__noinline int on_plaintext(__u64 sock, __u64 address, __u64 iov_count, __u64 length, __u64 direction)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
-	struct transfer transfer = { .buffer = buffer, .length = length };
+	struct transfer transfer = { .length = length };
 	bool egress = direction & TLS_EGRESS, entering = direction & TLS_ENTERING, response;
 	__u64 pid_tgid = bpf_get_current_pid_tgid(), now;
 
 	if (!connection)
 		return 0;
+	if (iov_count)
+		from_iov(&transfer, address, iov_count);
+	else
+		transfer.buffer = address;
 	if (connection->passed_over && connection->ports_generation != (__u32)ports_generation) {
 		connection->mode = MODE_EXCHANGE;
 		connection->passed_over = 0;
@@ -414,7 +418,7 @@ __noinline int on_tls_write_enter(__u64 object, __u64 buffer, __u64 length)
 		thread->assumed_sock = sock;
 	}
 	thread->call.entered_sock = sock;
-	on_plaintext(sock, buffer, length, TLS_EGRESS | TLS_ENTERING);
+	on_plaintext(sock, buffer, 0, length, TLS_EGRESS | TLS_ENTERING);
 	return 0;
 }
 
@@ -459,25 +463,30 @@ static __always_inline __u64 sock_of_call(struct tls_thread *thread, __u32 tid, 
 	return find_sock_of_call(tid, object, moved);
 }
 
+static __always_inline void leave_write(__u64 sock, struct transfer *transfer, long moved, __u64 pid_tgid)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	__u64 offered = transfer->length;
+
+	if (!connection)
+		return;
+	connection->writing = 0;
+	if (connection->mode == MODE_IGNORED)
+		return;
+	if (connection->mode == MODE_STREAM)
+		stream_write(connection, transfer, moved, pid_tgid);
+	else if (moved != offered || offered > MAY_BLOCK_BYTES)
+		settle_write(connection, moved, pid_tgid);
+}
+
 /* A write that was handled at its entry, when the thread was `pid_tgid`, has ended. Of its own, so that its stack is not
  * its caller's as well.
  */
 __noinline int on_write_left(__u64 sock, __u64 buffer, __u64 offered, __u64 result, __u64 pid_tgid)
 {
-	long moved = result;
-	struct transfer transfer = { .buffer = buffer };
-	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct transfer transfer = { .buffer = buffer, .length = offered };
 
-	if (!connection)
-		return 0;
-	connection->writing = 0;
-	if (connection->mode == MODE_IGNORED)
-		return 0;
-	if (connection->mode == MODE_STREAM) {
-		stream_write(connection, &transfer, moved, pid_tgid);
-	} else if (moved != offered || offered > MAY_BLOCK_BYTES) {
-		settle_write(connection, moved, pid_tgid);
-	}
+	leave_write(sock, &transfer, result, pid_tgid);
 	return 0;
 }
 
@@ -533,7 +542,7 @@ __noinline int on_tls_leave(__u64 result)
 	if (!sock)
 		count(COUNTER_TLS_UNTIED);
 	else if (buffer)
-		on_plaintext(sock, buffer, moved, operation == TLS_READ ? 0 : TLS_EGRESS);
+		on_plaintext(sock, buffer, 0, moved, operation == TLS_READ ? 0 : TLS_EGRESS);
 	return 0;
 }
 

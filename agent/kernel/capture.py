@@ -32,7 +32,7 @@ BATCH_SLOTS = 4096
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
 
 _ZERO_AT_FIRST = frozenset(
-    ("ports_filtered", "ports_generation", "tls_enabled", "tls_attached")
+    ("ports_filtered", "ports_generation", "tls_enabled", "tls_attached", "rust_attached")
 )  # the compiler puts these into .bss, the other settings into .data
 
 _BPF_EXIST = 2  # linux/bpf.h: change an entry, make none
@@ -49,6 +49,9 @@ TLS_PROGRAMS = (
     "on_go_write",
     "on_go_read_return",
     "on_go_write_return",
+    "on_rust_received",
+    "on_rust_write",
+    "on_rust_return",
 )
 """What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
 
@@ -272,9 +275,12 @@ class Capture:
         """Take back what ``watch_call`` attached."""
         uprobes.detach(links)
 
-    def count_watched(self, files: int) -> None:
-        """Tell the programs how many files are watched: at 0 they do not look for what belongs to TLS objects."""
+    def count_watched(self, files: int, rust_files: int) -> None:
+        """Tell the programs how many files are watched, and how many of these for rustls: at 0 they do not look for
+        what belongs to TLS objects, or where TLS bytes lie in memory.
+        """
         self._set("tls_attached", files)
+        self._set("rust_attached", rust_files)
 
     def forget_tls_told(self, tgid: int) -> None:
         """Let a process that uses TLS be told of again."""

@@ -7,10 +7,13 @@ that runs the server in the foreground, what its spans say about it, and, where 
 
 from __future__ import annotations
 
+import hashlib
+import os
 import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +21,8 @@ from pathlib import Path
 from tests.e2e.harness import clean_environment
 
 APPS = Path(__file__).with_name("apps")
+CACHE = Path(os.environ.get("SPANLOOM_CACHE") or Path.home() / ".cache" / "spanloom")
+"""What takes long to make or to fetch is kept here, by what it is made of."""
 STATUSES = (200, 204, 404, 500)
 
 
@@ -233,6 +238,38 @@ def go_build(source: Path, program: Path, *, ldflags: str = "", mode: str = "exe
     )
     assert built.returncode == 0, built.stderr
     return program
+
+
+def rust_program() -> Path:
+    """The built Rust program, from the cache, since building it takes a minute."""
+    source = APPS / "rust_tls"
+    made_of = hashlib.sha256()
+    for name in ("Cargo.toml", "Cargo.lock", "src/main.rs"):
+        made_of.update((source / name).read_bytes())
+    made_of.update(subprocess.run(["rustc", "-vV"], capture_output=True, check=True).stdout)
+    kept = CACHE / f"rust-{made_of.hexdigest()[:16]}" / "rust_tls"
+    if not kept.exists():
+        with tempfile.TemporaryDirectory(prefix="spanloom-rust-") as target:
+            command = ["cargo", "build", "-q", "--release", "--locked", "--target-dir", target]
+            built = subprocess.run(command, cwd=source, capture_output=True, text=True, timeout=400)
+            assert built.returncode == 0, built.stderr
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            partial = shutil.copy(Path(target, "release", "rust_tls"), kept.with_suffix(".partial"))
+            Path(partial).replace(kept)
+    return kept
+
+
+def _has_rust() -> bool:
+    """Whether there is a toolchain that can build the program: Rust 1.85, of February 2025."""
+    if shutil.which("cargo") is None:
+        return False
+    said = subprocess.run(["cargo", "--version"], capture_output=True, text=True, timeout=60).stdout
+    version = re.match(r"cargo (\d+)\.(\d+)", said)
+    return version is not None and (int(version[1]), int(version[2])) >= (1, 85)
+
+
+HAS_RUST = _has_rust()
+"""Like Go: what is written in it is traced where there is a toolchain."""
 
 
 def _newer_java() -> str | None:

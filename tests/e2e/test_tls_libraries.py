@@ -8,12 +8,11 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import free_port, wait_until
-from tests.e2e.servers import Server
+from tests.e2e.servers import CACHE, Server
 from tests.e2e.test_tls import assert_agreed, assert_pairs, nginx, wait_for_libraries
 from tests.e2e.tls_any import ClientFactory
 
 MACHINE = f"{os.uname().machine}-linux-gnu"
-CACHE = Path(os.environ.get("SPANLOOM_CACHE") or Path.home() / ".cache" / "spanloom")
 LIBRARIES = {
     "openssl-3": Path("/usr/lib") / MACHINE / "libssl.so.3",
     "openssl-1.1": CACHE / "openssl-1.1" / "usr/lib" / MACHINE / "libssl.so.1.1",

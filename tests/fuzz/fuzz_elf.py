@@ -7,6 +7,7 @@ checks need no atheris.
 
 from __future__ import annotations
 
+import re
 import sys
 from contextlib import nullcontext
 from pathlib import Path
@@ -20,7 +21,7 @@ except ImportError:
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 with atheris.instrument_imports(include=["agent"]) if atheris else nullcontext():
-    from agent.elf import function_offsets
+    from agent.elf import function_offsets, functions_with
     from agent.go_binary import GoUnseenError, crypto_tls_calls
     from agent.process import language_of_elf, parse_resource_attributes, systemd_unit
 
@@ -44,6 +45,8 @@ def check_elf(data: bytes) -> str:
     offsets = function_offsets(read_at, ("SSL_read", "SSL_write"))
     assert offsets.keys() <= {"SSL_read", "SSL_write"}
     assert all(0 <= offset < 2**64 for offset in offsets.values())
+    found = functions_with(read_at, b"SSL", re.compile(rb"\w*SSL\w*"))
+    assert all(0 <= offset < 2**64 for offset in found)
     language = language_of_elf(read_at)
     assert language in ("", "go", "rust")
     assert reads <= READS_MAX

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 from pathlib import Path
@@ -10,13 +11,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agent.elf import ReadAt, function_offsets
+from agent.elf import ReadAt, function_offsets, functions_with
 
 CODE, CODE_ADDRESS = 0x1000, 0x401000
 
 
-def make(functions: dict[str, int], kind: int = 11, filler: int = 0) -> bytes:
-    """An ELF file with one symbol table that puts each function at an address; ``filler`` symbols come before."""
+def make(functions: dict[str, int], kind: int = 11, filler: int = 0, comment: bytes = b"") -> bytes:
+    """An ELF file with one symbol table that puts each function at an address; ``filler`` symbols come before. With
+    ``comment`` it says which compiler made it.
+    """
     names = b"\0" + b"".join(f"filler{number}".encode() + b"\0" for number in range(filler))
     symbols = [bytes(24)] + [struct.pack("<IBBHQQ", 1, 0x12, 0, 1, 0, 0)] * filler
     for name, address in functions.items():
@@ -24,14 +27,22 @@ def make(functions: dict[str, int], kind: int = 11, filler: int = 0) -> bytes:
         names += name.encode() + b"\0"
     table = b"".join(symbols)
     segments_at, sections_at = 64, 64 + 56
-    table_at = sections_at + 3 * 64
+    table_at = sections_at + (5 if comment else 3) * 64
     names_at = table_at + len(table)
     header = b"\x7fELF\x02\x01\x01" + bytes(9)
-    header += struct.pack("<HHIQQQIHHHHHH", 3, 62, 1, 0, segments_at, sections_at, 0, 64, 56, 1, 64, 3, 0)
+    header += struct.pack(
+        "<HHIQQQIHHHHHH", 3, 62, 1, 0, segments_at, sections_at, 0, 64, 56, 1, 64, *((5, 4) if comment else (3, 0))
+    )
     segment = struct.pack("<IIQQQQQQ", 1, 5, CODE, CODE_ADDRESS, 0, 0x5000, 0x5000, 4096)
     sections = bytes(64)
     sections += struct.pack("<IIQQQQIIQQ", 0, kind, 0, 0, table_at, len(table), 2, 0, 8, 24)
     sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, names_at, len(names), 0, 0, 1, 0)
+    if comment:
+        section_names = b"\0.comment\0"
+        comment_at = names_at + len(names)
+        sections += struct.pack("<IIQQQQIIQQ", 1, 1, 0, 0, comment_at, len(comment), 0, 0, 1, 0)
+        sections += struct.pack("<IIQQQQIIQQ", 0, 3, 0, 0, comment_at + len(comment), len(section_names), 0, 0, 1, 0)
+        names += comment + section_names
     return header + segment + sections + table + names
 
 
@@ -124,3 +135,28 @@ def test_whatever_the_file_says_nothing_is_raised(data: bytes):
     found = function_offsets(reading(data, 3 + 4 * 2 * 2), ("SSL_read", "SSL_write"))
     assert found.keys() <= {"SSL_read", "SSL_write"}
     assert all(0 <= offset < 2**64 for offset in found.values())
+
+
+def test_functions_are_found_by_a_pattern_of_their_whole_names():
+    """All of them, once each; what only holds the part, and a name beyond all measure, is not one."""
+    data = make(
+        {
+            "_ZN4read17h00E": CODE_ADDRESS + 0x10,
+            "_ZN4read17h01E": CODE_ADDRESS + 0x20,
+            "_ZN4read17h02E": CODE_ADDRESS + 0x20,
+            "_ZN4read17h03E.cold": CODE_ADDRESS + 0x30,
+            "x_ZN4read17h04E": CODE_ADDRESS + 0x40,
+            f"_ZN4read17h{'0' * 600}E": CODE_ADDRESS + 0x50,
+        },
+        filler=60_000,
+    )
+    pattern = re.compile(rb"_ZN4read17h[0-9a-f]*E")
+    found = functions_with(lambda offset, count: data[offset : offset + count], b"4read", pattern)
+    assert found == [CODE + 0x10, CODE + 0x20]
+
+
+@given(files_like(make({"_ZN4read17h00E": CODE_ADDRESS, "4read": CODE_ADDRESS})))
+def test_a_pattern_is_looked_for_in_any_file(data: bytes):
+    """Whatever the file is, reads are bounded."""
+    found = functions_with(reading(data, 2000), b"4read", re.compile(rb"\w*4read\w*"))
+    assert all(0 <= offset < 2**64 for offset in found)

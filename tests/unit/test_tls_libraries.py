@@ -11,6 +11,7 @@ import pytest
 from agent.model import TlsNotice
 from agent.process import ProcessInfo
 from agent.tls_libraries import Libraries, inner_function, why_unseen
+from tests.unit.test_elf import make as make_elf
 from tests.unit.test_go_binary import make
 
 OPENSSL = next(Path("/usr/lib").glob("*-linux-gnu/libssl.so.3"))
@@ -144,13 +145,59 @@ def test_go_programs_are_known_by_their_table(tmp_path: Path):
         (make(has_sections=False, names=("a", "b")), [], "go_no_tls"),
     ):
         executable.write_bytes(data)
-        for library in (libraries.go_executable(7), libraries.executable(7)):
+        for library in (libraries.with_own_tls(7), libraries.executable(7)):
             assert library is not None
             assert ([function.program for function in library.functions], library.reason) == (programs, reason)
             library.close()
         executable.unlink()
     executable.write_bytes(b"\x7fELF\x02\x01" + bytes(58))
-    assert libraries.go_executable(7) is libraries.executable(7) is None
+    assert libraries.with_own_tls(7) is libraries.executable(7) is None
+
+
+@pytest.mark.parametrize(
+    ("names", "programs"),
+    [
+        (
+            [
+                "_ZN6rustls12common_state11CommonState23take_received_plaintext17hf5b407d2fdca83b6E",
+                "_ZN6rustls12common_state11CommonState16buffer_plaintext17h5101020129f24232E.llvm.1234",
+            ],
+            ["on_rust_received", "on_rust_write"],
+        ),
+        (
+            [
+                "_RNvMs_NtCs5L4r2_6rustls12common_stateNtB4_11CommonState23take_received_plaintext",
+                "_RNvMs_NtCs5L4r2_6rustls12common_stateNtB4_11CommonState16buffer_plaintext",
+            ],
+            ["on_rust_received", "on_rust_write"],
+        ),
+        (["_ZN6rustls12common_state11CommonState23take_received_plaintext17hf5b407d2fdca83b6E"], []),
+        (
+            [
+                "_ZN6rustls12common_state11CommonState23take_received_plaintext17hf5b407d2fdca83b6E",
+                "_ZN6rustls12common_state11CommonState16buffer_plaintext17h5101020129f24232E.cold",
+            ],
+            [],
+        ),
+    ],
+)
+@pytest.mark.parametrize("comment", [b"rustc version 1.95.0", b"GCC: 12.2.0"])
+def test_rust_programs_are_known_by_both_methods_of_rustls(
+    names: list[str], programs: list[str], comment: bytes, tmp_path: Path
+):
+    """However the compiler names them, and only in what rustc has compiled."""
+    (tmp_path / "7").mkdir()
+    data = make_elf({name: 0x401000 + 16 * at for at, name in enumerate(names)}, comment=comment)
+    (tmp_path / "7" / "exe").write_bytes(data)
+    libraries = Libraries(tmp_path)
+    library = libraries.with_own_tls(7)
+    if not programs or comment.startswith(b"GCC"):
+        assert library is libraries.executable(7) is None
+        return
+    assert library is not None
+    assert [function.program for function in library.functions] == programs
+    assert len({function.offset for function in library.functions}) == 2
+    library.close()
 
 
 def machine_code(plain: bytes, extended: bytes, inner: bytes, inner_at: int = 0x100) -> bytes:

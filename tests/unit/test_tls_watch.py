@@ -63,8 +63,8 @@ class Probes:
             if self.holds is not None:
                 self.holds.acquire(timeout=20)
 
-    def count_watched(self, files: int) -> None:
-        self.watched = files
+    def count_watched(self, files: int, rust_files: int) -> None:
+        self.watched, self.watched_rust = files, rust_files
 
     def forget_tls_told(self, tgid: int) -> None:
         self.told_again.append(tgid)
@@ -111,7 +111,7 @@ class Libraries:
         descriptor = os.open("/dev/null", os.O_RDONLY)
         return Library((2, tgid), descriptor, f"go{tgid}", () if reason else GO, reason)
 
-    go_executable = executable
+    with_own_tls = executable
 
     def stays_on_its_stack(self, tgid: int) -> bool:
         return tgid not in self.unknown
