@@ -1587,36 +1587,6 @@ static __always_inline void look_for_hello(struct connection *connection, const 
 			   transfer->iov ? transfer->iov_count : 0, transfer->length);
 }
 
-/* rustls.bpf.h: TLS bytes, where they are in the memory of a program that may use rustls. */
-__noinline int on_rust_input(__u64 sock, __u64 address, __u64 length);
-__noinline int on_rust_output(__u64 sock, __u64 address);
-
-static __always_inline void show_rust(__u64 sock, const struct transfer *transfer, bool egress)
-{
-	struct user_iovec iovec = { .base = transfer->buffer, .length = transfer->length };
-
-	if (transfer->iov && !read_iovec(&iovec, transfer->iov, 0))
-		return;
-	if (egress)
-		on_rust_output(sock, iovec.base);
-	else
-		on_rust_input(sock, iovec.base, iovec.length < transfer->length ? iovec.length : transfer->length);
-}
-
-/* Whether the bytes of a connection that carries TLS are to be looked at, by look_at_records(). */
-static __always_inline bool may_look_at_records(const struct connection *connection)
-{
-	return awaits_hello(connection) || rust_attached;
-}
-
-static __always_inline void look_at_records(struct connection *connection, const struct transfer *transfer, bool egress)
-{
-	if (awaits_hello(connection))
-		look_for_hello(connection, transfer);
-	if (rust_attached)
-		show_rust(connection->sock, transfer, egress);
-}
-
 /* tls.bpf.h: TLS records went through a socket, or are about to. */
 __noinline int on_tls_records(__u64 sock, __u64 egress);
 /* The same for a connection that is known to carry TLS. Nearly always they are moved within a call for its own object.
@@ -1713,8 +1683,6 @@ static __always_inline struct connection *track(struct socket *socket, struct so
 					   transfer->iov ? transfer->iov_count : 0, transfer->length);
 			if (looks & LOOKS_TLS)
 				on_tls_records(number, egress);
-			if ((looks & LOOKS_TLS) && rust_attached)
-				show_rust(number, transfer, egress);
 		}
 		return 0;
 	}
@@ -1774,7 +1742,8 @@ static __always_inline void on_transfer(struct connection *connection, struct pr
 
 	if (connection && connection->tls) {
 		if (!on_tls_bytes(connection, egress, pid_tgid)) {
-			look_at_records(connection, transfer, egress);
+			if (awaits_hello(connection))
+				look_for_hello(connection, transfer);
 			return;
 		}
 		connection = 0;

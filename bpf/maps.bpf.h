@@ -410,7 +410,6 @@ __u64 ports_default = 1; /* whether a port that is not in the map is selected */
 __u64 http2_enabled = 1; /* 0: HTTP/2 is neither recognised nor followed */
 __u64 tls_enabled; /* 1: user space wants to know of processes that use TLS */
 __u64 tls_attached; /* libraries and executables whose calls are watched */
-__u64 rust_attached; /* those of them that use rustls */
 __u64 draining; /* set by user space before it ends: the sweep reports every exchange at once */
 __u64 tracked_connections; /* entries of the connections map: 0 spares user space the sweep */
 __u64 stream_connections; /* of them, those in stream mode: 0 lets exits of write calls return at once */

@@ -9,12 +9,16 @@
 #ifndef SPANLOOM_RUSTLS_BPF_H
 #define SPANLOOM_RUSTLS_BPF_H
 
+#include "calls.bpf.h"
 #include "tls.bpf.h"
 
 struct rust_thread {
 	__u64 received_sock; /* socket of the TLS bytes that the thread received last */
 	__u64 received_at;   /* where they begin in its memory, and where they end */
 	__u64 received_end;
+	/* What was decrypted of them last, and for which object: the next record is moved to the same place, the front. */
+	__u64 decrypted_at;
+	__u64 decrypted_for;
 	/* The write that was entered last. */
 	__u64 object;
 	__u64 sock;    /* connection that took it at its entry, 0 when none did */
@@ -72,46 +76,69 @@ static __always_inline bool is_record_of(__u64 address, __u64 length)
 	return more == 17 || more == 24 || more == 16;
 }
 
-/* A client's write that no connection has taken, its first one or the first since it was moved in memory, is about to be
- * sent on this one. Of its own, for the sake of the stack, and without what other writes may be: the programs for sockets
- * walk it. Returns 0 when it cannot be told of.
+/* A write that no connection has taken, a client's first one or the first since the object was moved in memory, is about to
+ * be sent on this one. Of its own, for the sake of the stack.
  */
 __noinline int take_unsent(__u64 sock, __u64 unsent)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid();
 	struct rust_thread *thread = bpf_map_lookup_elem(&rust_threads, &pid_tgid);
 	struct connection *connection;
-	struct transfer transfer = {};
+	__u64 first;
 
 	if (!thread || !tie(thread->object, sock, true))
 		return 0;
+	first = thread->first_length < unsent ? thread->first_length : unsent;
+	on_plaintext(sock, thread->first, 0, first, TLS_EGRESS);
 	connection = bpf_map_lookup_elem(&connections, &sock);
-	if (!connection || connection->mode == MODE_STREAM || connection->exchange.role == ROLE_SERVER)
-		return 0;
-	transfer.buffer = thread->first;
-	transfer.length = thread->first_length < unsent ? thread->first_length : unsent;
-	if (connection->mode == MODE_IGNORED ||
-	    (!connection->exchange.role && !find_role(connection, &transfer, true)))
-		return 1;
-	on_request_bytes(connection, 0, true, &transfer, sock, bpf_ktime_get_ns(), pid_tgid, false);
-	connection->exchange.request_bytes += unsent - transfer.length; /* where these are need not be so any more */
+	if (connection && first < unsent) /* where these are need not be so any more */
+		pass_by(connection, unsent - first, true);
 	return 1;
 }
 
-/* exchange.bpf.h: TLS bytes were received, and lie there. */
+/* Whether received bytes are TLS': of a connection that is known to carry it, the begin of a record, or the rest of one
+ * whose begin the thread has received last.
+ */
+static __always_inline bool are_records(__u64 sock, __u64 address, __u64 length, const struct rust_thread *thread)
+{
+	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
+	struct first_bytes first = { .length = 3 };
+
+	if (connection)
+		return connection->tls;
+	if (thread && thread->received_sock == sock)
+		return true;
+	return length >= 3 && !bpf_probe_read_user(&first.word, 3, (void *)address) && is_tls(&first);
+}
+
+/* Bytes were received, and lie there. Global for the reason given at absorb_iovecs(). */
 __noinline int on_rust_input(__u64 sock, __u64 address, __u64 length)
 {
-	struct rust_thread *thread = rust_thread_of(bpf_get_current_pid_tgid());
+	__u64 pid_tgid = bpf_get_current_pid_tgid();
+	struct rust_thread *thread = bpf_map_lookup_elem(&rust_threads, &pid_tgid);
 
+	if (!are_records(sock, address, length, thread))
+		return 0;
+	if (!thread)
+		thread = rust_thread_of(pid_tgid);
 	if (!thread)
 		return 0;
 	thread->received_sock = sock;
 	thread->received_at = address;
 	thread->received_end = address + length;
+	thread->decrypted_at = 0;
 	return 0;
 }
 
-/* exchange.bpf.h: TLS bytes that begin there are about to be sent. */
+/* Whether the thread is about to send what no connection has taken. */
+static __always_inline bool has_unsent(__u64 pid_tgid)
+{
+	struct rust_thread *thread = bpf_map_lookup_elem(&rust_threads, &pid_tgid);
+
+	return thread && thread->unsent;
+}
+
+/* Bytes that begin there are about to be sent. Global for the reason given at absorb_iovecs(). */
 __noinline int on_rust_output(__u64 sock, __u64 address)
 {
 	__u64 pid_tgid = bpf_get_current_pid_tgid(), unsent;
@@ -150,11 +177,13 @@ __noinline int on_rust_plaintext(__u64 object, __u64 buffer, __u64 length)
 	struct rust_thread *thread = bpf_map_lookup_elem(&rust_threads, &pid_tgid);
 	bool is_memory;
 
-	if (!thread || !thread->received_sock || end >= thread->received_end ||
-	    end + RECORD_TAIL_MAX <= thread->received_at) {
-		count(COUNTER_TLS_UNTIED);
-		return 0;
-	}
+	if (!thread || !thread->received_sock)
+		goto unknown;
+	if ((end >= thread->received_end || end + RECORD_TAIL_MAX <= thread->received_at) &&
+	    (buffer != thread->decrypted_at || object != thread->decrypted_for))
+		goto unknown;
+	thread->decrypted_at = buffer;
+	thread->decrypted_for = object;
 	sock = thread->received_sock;
 	tied = tied_sock(object, pid_tgid >> 32, &is_memory);
 	if (tied != sock) {
@@ -164,6 +193,9 @@ __noinline int on_rust_plaintext(__u64 object, __u64 buffer, __u64 length)
 			return 0;
 	}
 	on_plaintext(sock, buffer, 0, length, 0);
+	return 0;
+unknown:
+	count(COUNTER_TLS_UNTIED);
 	return 0;
 }
 
@@ -292,6 +324,143 @@ SEC("uretprobe")
 int on_rust_return(syscall_regs *regs)
 {
 	return on_rust_leave(CALL_RESULT(regs));
+}
+
+/* What follows is attached only while a program with rustls is watched: with the backend for sockets the first two, else
+ * the others.
+ */
+
+/* Why tcp_sendmsg_locked: see on_send(). */
+SEC("tp_btf/tcp_sendmsg_locked")
+int BPF_PROG(on_rust_send, struct sock *sock, struct msghdr *message)
+{
+	__u8 kind = message->msg_iter.iter_type;
+	__u64 key = (__u64)sock, number = 0;
+	struct user_iovec iovec = {};
+
+	if (!capturing || !has_unsent(bpf_get_current_pid_tgid()))
+		return 0;
+	iovec.base = (__u64)BPF_CORE_READ(message, msg_iter.ubuf);
+	if (kind == bpf_core_enum_value(enum iter_type, ITER_IOVEC)) {
+		if (!read_iovec(&iovec, iovec.base, 0))
+			return 0;
+	} else if (kind != bpf_core_enum_value(enum iter_type, ITER_UBUF)) {
+		return 0;
+	}
+	/* A global function takes numbers only: read back, the trusted pointer is one. */
+	if (!bpf_probe_read_kernel(&number, sizeof(number), &key))
+		on_rust_output(number, iovec.base + message->msg_iter.iov_offset);
+	return 0;
+}
+
+/* Where the bytes are that a call of the thread has received, when they are in one piece. */
+static __always_inline bool received_piece(syscall_regs *regs, struct transfer *transfer)
+{
+	__u32 flags = 0;
+
+	switch (SYSCALL_NR(regs)) {
+	case NR_recvfrom:
+		flags = SYSCALL_ARG4(regs);
+		/* fall through */
+	case NR_read:
+		transfer->buffer = SYSCALL_ARG2(regs);
+		break;
+	case NR_readv:
+		from_iov(transfer, SYSCALL_ARG2(regs), SYSCALL_ARG3(regs));
+		break;
+	case NR_recvmsg:
+		flags = SYSCALL_ARG3(regs);
+		if (!from_msghdr(transfer, SYSCALL_ARG2(regs)))
+			return false;
+		break;
+	default:
+		return false;
+	}
+	simplify(transfer);
+	return !transfer->iov && !(flags & (MSG_PEEK | MSG_OOB | MSG_ERRQUEUE));
+}
+
+/* Why sock_recv_length: see on_received(). */
+SEC("tp_btf/sock_recv_length")
+int BPF_PROG(on_rust_recv, struct sock *sock, int moved)
+{
+	__u64 key = (__u64)sock, number = 0;
+	struct transfer transfer = {};
+	struct process *process;
+	syscall_regs *regs;
+
+	if (moved <= 0 || !capturing || !is_internet_tcp(sock) || !is_captured(bpf_get_current_pid_tgid(), &process))
+		return 0;
+	regs = call_of(bpf_get_current_task_btf());
+	if (!regs)
+		return 0;
+	transfer.length = moved;
+	if (received_piece(regs, &transfer) && !bpf_probe_read_kernel(&number, sizeof(number), &key))
+		on_rust_input(number, transfer.buffer, transfer.length);
+	return 0;
+}
+
+/* Why sys_enter and sys_exit: see on_sys_enter() and on_sys_exit(). */
+SEC("tp_btf/sys_enter")
+int BPF_PROG(on_rust_sys_enter, struct pt_regs *raw_regs, long number)
+{
+	syscall_regs *regs = (void *)raw_regs;
+	struct transfer transfer = {};
+	struct user_iovec iovec = {};
+	struct socket *socket;
+	struct sock *sock;
+
+	switch (number) {
+	case NR_write:
+	case NR_sendto:
+	case NR_writev:
+	case NR_sendmsg:
+		break;
+	default:
+		return 0;
+	}
+	if (!capturing || !has_unsent(bpf_get_current_pid_tgid()) || SYSCALL_IS_COMPAT(regs))
+		return 0;
+	iovec.base = SYSCALL_ARG2(regs);
+	if (number == NR_sendmsg) {
+		if (!from_msghdr(&transfer, iovec.base) || !read_iovec(&iovec, transfer.iov, 0))
+			return 0;
+	} else if (number == NR_writev && !read_iovec(&iovec, iovec.base, 0)) {
+		return 0;
+	}
+	socket = socket_of_fd(SYSCALL_ARG1(regs), &sock);
+	if (socket && is_tcp(socket, sock))
+		on_rust_output((__u64)sock, iovec.base);
+	return 0;
+}
+
+SEC("tp_btf/sys_exit")
+int BPF_PROG(on_rust_sys_exit, struct pt_regs *raw_regs, long moved)
+{
+	syscall_regs *regs = (void *)raw_regs;
+	struct transfer transfer = {};
+	struct process *process;
+	struct socket *socket;
+	struct sock *sock;
+
+	switch (SYSCALL_NR(regs)) {
+	case NR_read:
+	case NR_readv:
+	case NR_recvfrom:
+	case NR_recvmsg:
+		break;
+	default:
+		return 0;
+	}
+	if (moved <= 0 || !capturing || SYSCALL_IS_COMPAT(regs) || !is_captured(bpf_get_current_pid_tgid(), &process))
+		return 0;
+	transfer.length = moved;
+	if (!received_piece(regs, &transfer))
+		return 0;
+	socket = socket_of_fd(SYSCALL_ARG1(regs), &sock);
+	if (socket && is_tcp(socket, sock))
+		on_rust_input((__u64)sock, transfer.buffer, transfer.length);
+	return 0;
 }
 
 #endif

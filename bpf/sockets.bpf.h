@@ -68,7 +68,7 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 	struct connection *connection;
 	struct transfer transfer = {};
 	struct process *process;
-	bool looks_on = false;
+	bool is_hello = false;
 	struct send *send;
 	__u64 streams;
 	__u32 zero = 0;
@@ -91,8 +91,8 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		send->offered = transfer.length;
 		if (on_tls_bytes(connection, true, pid_tgid))
 			connection = 0;
-		else if (may_look_at_records(connection))
-			looks_on = true;
+		else if (awaits_hello(connection))
+			is_hello = true; /* perhaps */
 		else
 			return 0; /* what they are need not be looked at */
 	}
@@ -114,8 +114,8 @@ int BPF_PROG(on_send, struct sock *sock, struct msghdr *message)
 		transfer.iov_count = message->msg_iter.nr_segs;
 	}
 	simplify(&transfer);
-	if (looks_on) {
-		look_at_records(connection, &transfer, true);
+	if (is_hello) {
+		look_for_hello(connection, &transfer);
 		return 0;
 	}
 	transfer.sequence = as_tcp(sock)->write_seq;
@@ -192,7 +192,7 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	struct connection *connection;
 	struct transfer transfer = {};
 	struct process *process;
-	bool looks_on = false;
+	bool is_hello = false;
 	syscall_regs *regs;
 	__u64 pid_tgid;
 
@@ -203,8 +203,8 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	if (connection && connection->tls) {
 		if (on_tls_bytes(connection, false, pid_tgid))
 			connection = 0;
-		else if (may_look_at_records(connection))
-			looks_on = true;
+		else if (awaits_hello(connection))
+			is_hello = true; /* perhaps */
 		else
 			return 0;
 	}
@@ -216,11 +216,11 @@ int BPF_PROG(on_received, struct sock *sock, int moved, int flags)
 	transfer.length = moved;
 	if (!(flags & MSG_TRUNC) && bytes_of_call(regs, &transfer, connection)) {
 		simplify(&transfer);
-		if (looks_on)
-			look_at_records(connection, &transfer, false);
+		if (is_hello)
+			look_for_hello(connection, &transfer);
 		else
 			on_transfer(connection, 0, 0, sock, &transfer, false, false, pid_tgid);
-	} else if (connection && !looks_on) {
+	} else if (connection && !is_hello) {
 		connection->received_seq += moved;
 		on_bodiless_bytes(connection, moved, false);
 	}

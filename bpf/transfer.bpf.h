@@ -46,13 +46,15 @@ static __always_inline void simplify(struct transfer *transfer)
 		transfer->length = iovec.length;
 }
 
-/* Bytes that never were in user memory: sendfile and splice. They belong to a body that has begun. */
-static __always_inline void on_bodiless_bytes(struct connection *connection, __u64 moved, bool egress)
+/* Bytes that are not looked at, since they never were in user memory or are not to be found there. They belong to a body
+ * that has begun.
+ */
+static __always_inline void pass_by(struct connection *connection, __u64 moved, bool egress)
 {
 	struct record_exchange *exchange = &connection->exchange;
 	__u64 now = bpf_ktime_get_ns();
 
-	if (connection->mode == MODE_IGNORED || connection->tls)
+	if (connection->mode == MODE_IGNORED)
 		return;
 	if (connection->mode == MODE_STREAM) {
 		bool response = egress == (exchange->role == ROLE_SERVER);
@@ -71,6 +73,13 @@ static __always_inline void on_bodiless_bytes(struct connection *connection, __u
 		exchange->request_bytes += moved;
 		exchange->request_end_ns = now;
 	}
+}
+
+/* Those of sendfile and splice. */
+static __always_inline void on_bodiless_bytes(struct connection *connection, __u64 moved, bool egress)
+{
+	if (!connection->tls)
+		pass_by(connection, moved, egress);
 }
 
 /* Longer writes may block half-way, and then their end is the end of the exchange. */

@@ -6,6 +6,7 @@ Raises the errors of ``agent.errors`` with what to do; never parses a record.
 
 from __future__ import annotations
 
+import itertools
 import os
 import platform
 import time
@@ -20,7 +21,7 @@ from agent.elf import function_offsets
 from agent.errors import KernelUnsupportedError, PrivilegeError, SpanloomError
 from agent.kernel import _libbpf, uprobes
 from agent.kernel._libbpf import ffi, lib
-from agent.kernel.backends import PROGRAMS, Way, no_sockets, ways
+from agent.kernel.backends import PROGRAMS, TRACEPOINTS, Way, no_sockets, ways
 from agent.kernel.layout import LayoutMismatchError, WireLayout, parse_enum, parse_struct
 from agent.kernel.refusals import LOAD, Machine, explain, unmet, unreadable
 
@@ -32,7 +33,7 @@ BATCH_SLOTS = 4096
 PROCESS_UNKNOWN, PROCESS_TRACED, PROCESS_IGNORED = range(3)
 
 _ZERO_AT_FIRST = frozenset(
-    ("ports_filtered", "ports_generation", "tls_enabled", "tls_attached", "rust_attached")
+    ("ports_filtered", "ports_generation", "tls_enabled", "tls_attached")
 )  # the compiler puts these into .bss, the other settings into .data
 
 _BPF_EXIST = 2  # linux/bpf.h: change an entry, make none
@@ -49,11 +50,12 @@ TLS_PROGRAMS = (
     "on_go_write",
     "on_go_read_return",
     "on_go_write_return",
-    "on_rust_received",
-    "on_rust_write",
-    "on_rust_return",
 )
-"""What ``watch_call`` attaches. They are always loaded, and cost nothing until they are attached."""
+RUST_PROGRAMS = ("on_rust_received", "on_rust_write", "on_rust_return")
+"""What ``watch_call`` attaches. Each family is loaded when the first of it is needed, and costs nothing before."""
+_RUST_HOOKS = {"sockets": ("on_rust_send", "on_rust_recv"), "syscalls": ("on_rust_sys_enter", "on_rust_sys_exit")}
+"""Backend -> what is loaded with RUST_PROGRAMS, and attached while one of them is."""
+_ON_DEMAND = (*TLS_PROGRAMS, *RUST_PROGRAMS, *itertools.chain(*_RUST_HOOKS.values()))
 
 
 class CaptureSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -103,7 +105,8 @@ class Capture:
         self._links: dict[str, Any] = {}
         self._way: Way | None = None
         self._object = ffi.NULL
-        self._tls_object = ffi.NULL
+        self._families: dict[tuple[str, ...], Any] = {}  # programs that were loaded on demand, and their objects
+        self._rust_links: list[Any] = []
         self._drain = ffi.NULL
         self._iter_link = ffi.NULL
         self._capturing = ffi.NULL
@@ -175,7 +178,7 @@ class Capture:
         self._configure(settings)
         for name in PROGRAMS:
             lib.bpf_program__set_autoload(self._program(name), name in way.programs)
-        for name in TLS_PROGRAMS:
+        for name in _ON_DEMAND:
             lib.bpf_program__set_autoload(self._program(name), False)
         code = -lib.bpf_object__load(self._object)
         if code:
@@ -183,12 +186,14 @@ class Capture:
 
     def _attach(self, names: Iterable[str]) -> None:
         for name in names:
-            if name in self._links:
-                continue
-            link = lib.bpf_program__attach(self._program(name))
-            if link == ffi.NULL:
-                raise _refusal(ffi.errno, f"attach the probe {name}")
-            self._links[name] = link
+            if name not in self._links:
+                self._links[name] = self._attached(name)
+
+    def _attached(self, name: str) -> Any:
+        link = lib.bpf_program__attach(self._program(name))
+        if link == ffi.NULL:
+            raise _refusal(ffi.errno, f"attach the probe {name}")
+        return link
 
     def attach(self, ignore_tgids: Iterable[int] = ()) -> None:
         """Start capturing. Processes in ``ignore_tgids`` (the agent itself) are never captured."""
@@ -206,23 +211,41 @@ class Capture:
     # -- TLS libraries
 
     def load_tls(self) -> None:
-        """Load ``TLS_PROGRAMS``, which takes the verifier as long as all others together: a second object of the same
-        file, with the maps of the first. Does nothing when they are there. Raises what the constructor does.
+        """Load ``TLS_PROGRAMS``, which takes the verifier as long as all others together. Raises what the constructor
+        does.
         """
-        if self._tls_object != ffi.NULL:
+        self._load_family(TLS_PROGRAMS)
+
+    def load_rust(self) -> None:
+        """Load ``RUST_PROGRAMS``, as ``watch_call`` does when it needs one. Raises what the constructor does."""
+        self._load_family(RUST_PROGRAMS, self._rust_hooks)
+
+    @property
+    def _rust_hooks(self) -> tuple[str, ...]:
+        return _RUST_HOOKS["sockets" if self._way is TRACEPOINTS else "syscalls"]
+
+    def _load_family(self, family: tuple[str, ...], hooks: tuple[str, ...] = ()) -> None:
+        """Load an object of the same file with these programs and the maps of the first one, unless it is there.
+
+        Those of ``family`` are attached to calls, ``hooks`` to the kernel.
+        """
+        names = family + hooks
+        if names in self._families:
             return
-        tls = lib.bpf_object__open_file(str(self._path).encode(), ffi.NULL)
-        if tls == ffi.NULL:
+        loaded = lib.bpf_object__open_file(str(self._path).encode(), ffi.NULL)
+        if loaded == ffi.NULL:
             raise unreadable(ffi.errno, self._path.name, _libbpf_log())
-        for name in (*PROGRAMS, *_COMMON, "sweep"):
-            lib.bpf_program__set_autoload(lib.bpf_object__find_program_by_name(tls, name.encode()), False)
-        for name in TLS_PROGRAMS:
-            uprobes.prepare(lib.bpf_object__find_program_by_name(tls, name.encode()))
-        code = -(lib.spanloom_share_maps(tls, self._object) or lib.bpf_object__load(tls))
+        for name in (*PROGRAMS, *_COMMON, "sweep", *_ON_DEMAND):
+            program = lib.bpf_object__find_program_by_name(loaded, name.encode())
+            if name not in names:
+                lib.bpf_program__set_autoload(program, False)
+            elif name in family:
+                uprobes.prepare(program)
+        code = -(lib.spanloom_share_maps(loaded, self._object) or lib.bpf_object__load(loaded))
         if code:
-            lib.bpf_object__close(tls)
+            lib.bpf_object__close(loaded)
             raise _refusal(code, "load the probes for TLS")
-        self._tls_object = tls
+        self._families[names] = loaded
         give_memory_back()  # libbpf has read the kernel's types once more
 
     def announce_tls(self, wanted: bool) -> None:
@@ -236,10 +259,13 @@ class Capture:
         self._set("tls_enabled", wanted)
 
     def watch_call(self, program: str, path: str, offset: int, *, is_return: bool) -> Any:
-        """Attach one of ``TLS_PROGRAMS`` to the function at ``offset`` of a file, in every process. Returns the link.
+        """Attach one of ``TLS_PROGRAMS`` or ``RUST_PROGRAMS`` to the function at ``offset`` of a file.
 
-        ``path`` is followed once; what it leads to then is what is watched. Raises SpanloomError when that is refused.
+        Returns the link. ``path`` is followed once; what it leads to then is what is watched. Raises SpanloomError when
+        that is refused.
         """
+        if program in RUST_PROGRAMS:
+            self.load_rust()
         try:
             return uprobes.attach(self._program(program), path, offset, is_return=is_return)
         except OSError as error:
@@ -276,11 +302,14 @@ class Capture:
         uprobes.detach(links)
 
     def count_watched(self, files: int, rust_files: int) -> None:
-        """Tell the programs how many files are watched, and how many of these for rustls: at 0 they do not look for
-        what belongs to TLS objects, or where TLS bytes lie in memory.
+        """Tell the programs how many files are watched: at 0 they do not look for what belongs to TLS objects. While
+        some of them are watched for rustls, it is followed where threads have their TLS bytes.
         """
         self._set("tls_attached", files)
-        self._set("rust_attached", rust_files)
+        while self._rust_links and not rust_files:
+            lib.bpf_link__destroy(self._rust_links.pop())
+        if rust_files and not self._rust_links:
+            self._rust_links = [self._attached(name) for name in self._rust_hooks]
 
     def forget_tls_told(self, tgid: int) -> None:
         """Let a process that uses TLS be told of again."""
@@ -366,7 +395,7 @@ class Capture:
         """The kernel's statistics of every program."""
         result = []
         statistics = ffi.new("struct program_statistics *")
-        for name in (*self._way.programs, *_COMMON, "sweep", *(TLS_PROGRAMS if self._tls_object != ffi.NULL else ())):
+        for name in (*self._way.programs, *_COMMON, "sweep", *itertools.chain(*tuple(self._families))):
             if lib.spanloom_program_statistics(lib.bpf_program__fd(self._program(name)), statistics) == 0:
                 result.append(
                     ProgramStatistics(
@@ -422,9 +451,10 @@ class Capture:
         if self._drain != ffi.NULL:
             lib.spanloom_drain_free(self._drain)
             self._drain = ffi.NULL
-        if self._tls_object != ffi.NULL:
-            lib.bpf_object__close(self._tls_object)
-            self._tls_object = ffi.NULL
+        while self._rust_links:
+            lib.bpf_link__destroy(self._rust_links.pop())
+        while self._families:
+            lib.bpf_object__close(self._families.popitem()[1])
         self._unload()
 
     def _unload(self) -> None:
@@ -562,8 +592,8 @@ class Capture:
         return found
 
     def _program(self, name: str):
-        is_tls = self._tls_object != ffi.NULL and name in TLS_PROGRAMS
-        found = lib.bpf_object__find_program_by_name(self._tls_object if is_tls else self._object, name.encode())
+        loaded = next((loaded for family, loaded in tuple(self._families.items()) if name in family), self._object)
+        found = lib.bpf_object__find_program_by_name(loaded, name.encode())
         if found == ffi.NULL:
             raise SpanloomError(f"the BPF object has no program {name}")
         return found

@@ -139,11 +139,12 @@ def test_a_client_s_requests_are_spans(server: str, tls_agent, serve, public_pat
     serve(serving(server, port, public_path, pem), port)
     wait_for_libraries(tracing)
     with Process([program, "serve", str(free_port()), pem], log=public_path / "log", env=clean_environment()):
-        ask(program, "ask", port, pem, 1, 1)  # tells of the program, which goes on
+        version = "1.2" if server == "nginx-1.2" else "1.3"
+        ask(program, "ask", port, pem, 1, 1, version)  # tells of the program, which goes on
         watch(tracing, program)
         tracing.settle()
         earlier = len(tracing.spans(port))
-        ask(program, "ask", port, pem, 40, 8, "1.2" if server == "nginx-1.2" else "1.3")
+        ask(program, "ask", port, pem, 40, 8, version)
     spans = tracing.exact_spans(earlier + 80, port=port)[earlier:]
     assert_pairs(spans, 40)
     assert {span.attributes["url.scheme"] for span in spans if span.kind == "SERVER"} == {"https"}

@@ -63,6 +63,7 @@ def exchanges(backend: str) -> tuple[list[Seen], list[traffic.Expected]]:
     """What a backend records of exchanges of many kinds, and what it should."""
     with Capture(CaptureSettings(backend=backend)) as capture:
         capture.load_tls()
+        capture.load_rust()
         with contextlib.suppress(KernelUnsupportedError):  # this kernel's return probes are not safe, as found out
             capture.unwatch(capture.try_return())
         work = {one.name: one.verified_instructions for one in capture.statistics()}
