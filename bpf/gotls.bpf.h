@@ -142,7 +142,7 @@ __noinline __u64 on_go_write_enter(__u64 object, __u64 buffer, __u64 length)
 		return 0;
 	sock = tie_go(object, pid_tgid >> 32);
 	if (sock)
-		on_plaintext(sock, buffer, 0, length, TLS_EGRESS | TLS_ENTERING);
+		on_plaintext(sock, buffer, length, TLS_EGRESS | TLS_ENTERING);
 	return sock;
 }
 
@@ -199,7 +199,7 @@ __noinline int on_go_leave(__u64 goroutine, __u64 result, __u64 arguments)
 		return 0;
 	sock = call.operation == TLS_READ ? tie_go(call.object, key.tgid) : 0;
 	if (sock)
-		on_plaintext(sock, call.buffer, 0, moved, 0);
+		on_plaintext(sock, call.buffer, moved, 0);
 	else
 		count(COUNTER_TLS_UNTIED);
 	return 0;

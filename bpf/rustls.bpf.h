@@ -89,7 +89,7 @@ __noinline int take_unsent(__u64 sock, __u64 unsent)
 	if (!thread || !tie(thread->object, sock, true))
 		return 0;
 	first = thread->first_length < unsent ? thread->first_length : unsent;
-	on_plaintext(sock, thread->first, 0, first, TLS_EGRESS);
+	on_plaintext(sock, thread->first, first, TLS_EGRESS);
 	connection = bpf_map_lookup_elem(&connections, &sock);
 	if (connection && first < unsent) /* where these are need not be so any more */
 		pass_by(connection, unsent - first, true);
@@ -192,7 +192,7 @@ __noinline int on_rust_plaintext(__u64 object, __u64 buffer, __u64 length)
 		if (!tie(object, sock, true))
 			return 0;
 	}
-	on_plaintext(sock, buffer, 0, length, 0);
+	on_plaintext(sock, buffer, length, 0);
 	return 0;
 unknown:
 	count(COUNTER_TLS_UNTIED);
@@ -206,6 +206,18 @@ static __always_inline bool is_in_use(__u64 sock)
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
 
 	return (state == TCP_ESTABLISHED || state == TCP_CLOSE_WAIT) && connection && !connection->lingers;
+}
+
+/* A write of one piece, or of iov_count, is entered on a connection. Global for the reason given at absorb_iovecs(). */
+__noinline int on_pieces(__u64 sock, __u64 address, __u64 iov_count, __u64 length)
+{
+	struct transfer transfer = { .length = length };
+
+	if (iov_count)
+		from_iov(&transfer, address, iov_count);
+	else
+		transfer.buffer = address;
+	return pass_plaintext(sock, &transfer, TLS_EGRESS | TLS_ENTERING);
 }
 
 /* A write is entered. Global for the reason given at absorb_iovecs(). */
@@ -234,7 +246,7 @@ __noinline int on_rust_enter(__u64 object, __u64 address, __u64 iov_count, __u64
 	thread->first = iovec.base;
 	thread->first_length = iovec.length;
 	if (sock)
-		on_plaintext(sock, address, iov_count, length, TLS_EGRESS | TLS_ENTERING);
+		on_pieces(sock, address, iov_count, length);
 	return 0;
 }
 
@@ -400,15 +412,27 @@ int BPF_PROG(on_rust_recv, struct sock *sock, int moved)
 	return 0;
 }
 
+/* Where the first piece lies of a message, or of what its iovecs point to; 0 when that cannot be read. Of its own, for the
+ * sake of the stack.
+ */
+__noinline __u64 first_piece(__u64 address, __u64 is_message)
+{
+	struct transfer transfer = { .iov = address };
+	struct user_iovec iovec;
+
+	if (is_message && !from_msghdr(&transfer, address))
+		return 0;
+	return read_iovec(&iovec, transfer.iov, 0) ? iovec.base : 0;
+}
+
 /* Why sys_enter and sys_exit: see on_sys_enter() and on_sys_exit(). */
 SEC("tp_btf/sys_enter")
 int BPF_PROG(on_rust_sys_enter, struct pt_regs *raw_regs, long number)
 {
 	syscall_regs *regs = (void *)raw_regs;
-	struct transfer transfer = {};
-	struct user_iovec iovec = {};
 	struct socket *socket;
 	struct sock *sock;
+	__u64 address;
 
 	switch (number) {
 	case NR_write:
@@ -421,16 +445,12 @@ int BPF_PROG(on_rust_sys_enter, struct pt_regs *raw_regs, long number)
 	}
 	if (!capturing || !has_unsent(bpf_get_current_pid_tgid()) || SYSCALL_IS_COMPAT(regs))
 		return 0;
-	iovec.base = SYSCALL_ARG2(regs);
-	if (number == NR_sendmsg) {
-		if (!from_msghdr(&transfer, iovec.base) || !read_iovec(&iovec, transfer.iov, 0))
-			return 0;
-	} else if (number == NR_writev && !read_iovec(&iovec, iovec.base, 0)) {
-		return 0;
-	}
+	address = SYSCALL_ARG2(regs);
+	if (number == NR_writev || number == NR_sendmsg)
+		address = first_piece(address, number == NR_sendmsg);
 	socket = socket_of_fd(SYSCALL_ARG1(regs), &sock);
 	if (socket && is_tcp(socket, sock))
-		on_rust_output((__u64)sock, iovec.base);
+		on_rust_output((__u64)sock, address);
 	return 0;
 }
 

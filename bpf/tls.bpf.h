@@ -280,29 +280,24 @@ static __always_inline bool find_role(struct connection *connection, const struc
 	return true;
 }
 
-/* Plaintext of a tied connection comes through here, as on_transfer() has what is sent in the clear. `address` is that of
- * the bytes, or of iov_count iovecs; `direction` is of enum tls_direction. Global for the reason given at absorb_iovecs().
+/* Plaintext of a tied connection comes through here, as on_transfer() has what is sent in the clear. `direction` is of
+ * enum tls_direction.
  */
-__noinline int on_plaintext(__u64 sock, __u64 address, __u64 iov_count, __u64 length, __u64 direction)
+static __always_inline int pass_plaintext(__u64 sock, struct transfer *transfer, __u64 direction)
 {
 	struct connection *connection = bpf_map_lookup_elem(&connections, &sock);
-	struct transfer transfer = { .length = length };
 	bool egress = direction & TLS_EGRESS, entering = direction & TLS_ENTERING, response;
 	__u64 pid_tgid = bpf_get_current_pid_tgid(), now;
 
 	if (!connection)
 		return 0;
-	if (iov_count)
-		from_iov(&transfer, address, iov_count);
-	else
-		transfer.buffer = address;
 	if (connection->passed_over && connection->ports_generation != (__u32)ports_generation) {
 		connection->mode = MODE_EXCHANGE;
 		connection->passed_over = 0;
 	}
 	if (connection->mode == MODE_IGNORED)
 		return 0;
-	if (!connection->exchange.role && !find_role(connection, &transfer, egress))
+	if (!connection->exchange.role && !find_role(connection, transfer, egress))
 		return 0;
 	now = bpf_ktime_get_ns();
 	response = egress == (connection->exchange.role == ROLE_SERVER);
@@ -310,19 +305,27 @@ __noinline int on_plaintext(__u64 sock, __u64 address, __u64 iov_count, __u64 le
 		connection->writing = 1;
 	if (connection->mode == MODE_STREAM) {
 		if (!entering) {
-			stream_transfer(connection, &transfer, response);
+			stream_transfer(connection, transfer, response);
 			return 0;
 		}
-		enter_stream_write(connection, length, pid_tgid);
+		enter_stream_write(connection, transfer->length, pid_tgid);
 		if (!response)
 			connection->walks[0].entered_ns = now;
 		return 0;
 	}
 	if (response)
-		on_response_bytes(connection, &transfer, sock, now, pid_tgid, entering);
+		on_response_bytes(connection, transfer, sock, now, pid_tgid, entering);
 	else
-		on_request_bytes(connection, 0, true, &transfer, sock, now, pid_tgid, entering);
+		on_request_bytes(connection, 0, true, transfer, sock, now, pid_tgid, entering);
 	return 0;
+}
+
+/* The same of one piece. Global for the reason given at absorb_iovecs(). */
+__noinline int on_plaintext(__u64 sock, __u64 buffer, __u64 length, __u64 direction)
+{
+	struct transfer transfer = { .buffer = buffer, .length = length };
+
+	return pass_plaintext(sock, &transfer, direction);
 }
 
 /* An object is called behind bytes that were received from a socket. */
@@ -418,7 +421,7 @@ __noinline int on_tls_write_enter(__u64 object, __u64 buffer, __u64 length)
 		thread->assumed_sock = sock;
 	}
 	thread->call.entered_sock = sock;
-	on_plaintext(sock, buffer, 0, length, TLS_EGRESS | TLS_ENTERING);
+	on_plaintext(sock, buffer, length, TLS_EGRESS | TLS_ENTERING);
 	return 0;
 }
 
@@ -542,7 +545,7 @@ __noinline int on_tls_leave(__u64 result)
 	if (!sock)
 		count(COUNTER_TLS_UNTIED);
 	else if (buffer)
-		on_plaintext(sock, buffer, 0, moved, operation == TLS_READ ? 0 : TLS_EGRESS);
+		on_plaintext(sock, buffer, moved, operation == TLS_READ ? 0 : TLS_EGRESS);
 	return 0;
 }
 

@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 BASE = {"required", "important"}
 """Priorities of packages that every Debian has: what debootstrap installs."""
-COMES_WITH = {"java": "javac", "cc": "gcc", "nm": "gcc"}
+COMES_WITH = {"java": "javac", "cc": "gcc", "nm": "gcc", "strip": "gcc"}
 """Commands of packages that another command's depends on."""
 
 
