@@ -3,7 +3,8 @@
 
 In: the built BPF objects and the agent's kernel stage. Out: what tests/vm/load.py prints there, and its exit code. With
 ``--fentry`` the functions of TCP are followed there, too (docs/adr/0017). With ``--counted`` there is one processor,
-whose clock counts instructions, and what the backends cost is printed instead.
+whose clock counts instructions, and what the backends cost is printed instead. With ``--lockdown`` the kernel forbids
+to read its memory (kernel_lockdown(7), confidentiality), and what becomes of the probes is printed.
 Kernels and the root file system are made once and kept in a cache (SPANLOOM_CACHE, else ~/.cache/spanloom); nothing of
 this machine's packages is changed but for the tools that are missing. TCG emulates the processor: no nested
 virtualisation is needed, and a boot takes some seconds.
@@ -182,10 +183,11 @@ def job(path: Path, objects: Path) -> None:
 def main(arguments: list[str]) -> int:
     is_counted = "--counted" in arguments
     has_fentry = "--fentry" in arguments
-    arguments = [argument for argument in arguments if argument not in ("--counted", "--fentry")]
+    is_locked = "--lockdown" in arguments
+    arguments = [argument for argument in arguments if argument not in ("--counted", "--fentry", "--lockdown")]
     if len(arguments) not in (1, 2) or arguments[0] not in SUITES:
         print(
-            f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS] [--fentry] [--counted]",
+            f"usage: tools/vm.py {'|'.join(SUITES)} [DIRECTORY OF THE BPF OBJECTS] [--fentry] [--counted] [--lockdown]",
             file=sys.stderr,
         )
         return 2
@@ -207,6 +209,7 @@ def main(arguments: list[str]) -> int:
         command += ["-kernel", str(image), "-initrd", str(initial)]
         command += ["-append", "console=ttyS0 quiet panic=-1 mitigations=off tsc=reliable random.trust_cpu=on"]
         command[-1] += " spanloom.counted" * is_counted + " spanloom.fentry" * has_fentry
+        command[-1] += " lockdown=confidentiality" * is_locked
         command += ["-drive", f"file={root},if=virtio,format=raw,snapshot=on"]
         command += ["-drive", f"file={tape},if=virtio,format=raw,readonly=on"]
         try:

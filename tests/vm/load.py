@@ -1,7 +1,8 @@
 """Runs inside the machines of tools/vm.py, as root: every backend that the kernel has loads, and sees real traffic.
 
 Prints what the verifier had to do, and exits 1 with the reason when a program is refused, an exchange is missing, or
-two backends differ in what they record. Where the clock counts instructions it prints what the backends cost instead.
+two backends differ in what they record. Where the clock counts instructions it prints what the backends cost instead,
+and in a kernel that is locked down what it says to that.
 """
 
 from __future__ import annotations
@@ -251,7 +252,22 @@ def costs() -> Iterator[str]:
         yield f"{backend or 'neither'}: {min(rounds):.0f} ns in all per exchange"
 
 
+def refusal() -> str:
+    """What the probes come to where the kernel is locked down: how the agent would end, or that it would not."""
+    subprocess.run(["mount", "-t", "securityfs", "securityfs", "/sys/kernel/security"], check=True)
+    print("lockdown: " + Path("/sys/kernel/security/lockdown").read_text().strip())
+    try:
+        with Capture(CaptureSettings()) as capture:
+            capture.attach()
+    except SpanloomError as error:
+        return f"exit code {error.exit_code}: {error}"
+    return "nothing is refused"
+
+
 def main() -> int:
+    if "lockdown=confidentiality" in Path("/proc/cmdline").read_text().split():
+        print(refusal())
+        return 0
     # Whether the kernel is preemptible: what a running system has mounted anyway.
     subprocess.run(["mount", "-t", "debugfs", "debugfs", "/sys/kernel/debug"], check=True)
     if "spanloom.counted" in Path("/proc/cmdline").read_text().split():

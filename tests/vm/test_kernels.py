@@ -38,6 +38,17 @@ def test_the_probes_load_and_see_traffic(kernel: str) -> None:
             assert count < 1.1 * before[name] + 1000, f"{name}: {before[name]} before; `make kernels` records it"
 
 
+@pytest.mark.timeout(400)
+def test_a_kernel_that_is_locked_down() -> None:
+    """The agent would end with the exit code for what is refused, and one line that says what to do."""
+    done = subprocess.run([sys.executable, TOOL, "6.1", "--lockdown"], capture_output=True, text=True, timeout=390)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "lockdown: none integrity [confidentiality]" in done.stdout
+    [line] = [line for line in done.stdout.splitlines() if line.startswith("exit code ")]
+    assert line.startswith("exit code 5: ")
+    assert "lockdown=integrity" in line
+
+
 def test_the_table_is_what_was_recorded() -> None:
     """docs/kernels.md is what ``make docs`` writes."""
     assert (ROOT / "docs/kernels.md").read_text() == kernels.page(json.loads(kernels.RECORD.read_text()))
