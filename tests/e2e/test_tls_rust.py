@@ -14,7 +14,10 @@ from tests.e2e.servers import HAS_RUST, STATUSES, Server, rust_program
 from tests.e2e.test_tls import assert_agreed, assert_pairs, secure_curl, serving, wait_for_libraries
 from tests.e2e.test_tls_go import watch
 
-pytestmark = pytest.mark.skipif(not HAS_RUST, reason="there is no Rust toolchain of 1.85 or later")
+pytestmark = [
+    pytest.mark.skipif(not HAS_RUST, reason="there is no Rust toolchain of 1.85 or later"),
+    pytest.mark.timeout(500),  # the first one may have to build the program
+]
 
 
 @pytest.fixture(scope="module")
