@@ -64,18 +64,10 @@ def ask(program: Path, port: int, pem: Path, count: int, workers: int, version: 
     assert done.stdout.decode() == f"{count} right 0 wrong\n", done
 
 
-@pytest.mark.parametrize("version", ["1.2", "1.3"])
-@pytest.mark.parametrize("build", BUILDS)
-def test_a_go_server_s_requests_are_spans(
-    build: str, version: str, tls_agent, serve, public_path: Path, pem: Path, programs: Path
-):
-    """With and without symbols, at a fixed address or not: each request on a kept connection is a span on both ends."""
-    port = free_port()
-    program = programs / f"go_tls-{build}"
-    serve(go_server(program, port, pem), port)
-    tracing = tls_agent([port])
-    watch(tracing, program)
-    wait_for_libraries(tracing, 2)
+def assert_statuses_are_spans(
+    tracing: AgentProcess, port: int, pem: Path, version: str, program: Path, language: str
+) -> None:
+    """Requests on one kept connection to a server, one for each status, are spans on both ends, and nothing else is."""
     urls = [f"https://localhost:{port}/status/{status}?number={status}" for status in STATUSES]
     outputs = [argument for _ in urls for argument in ("-o", "/dev/null")]
     flags = (f"--tlsv{version}", "--tls-max", version)
@@ -91,13 +83,28 @@ def test_a_go_server_s_requests_are_spans(
             assert span.attributes["url.path"] == f"/status/{status}"
             assert span.attributes["url.query"] == f"number={status}"
             assert span.resource["process.executable.name"] == program.name
-            assert span.resource["telemetry.sdk.language"] == "go"
+            assert span.resource["telemetry.sdk.language"] == language
     books = tracing.books()
     assert books.dropped == {}
     assert books.begun == books.handed_over == len(spans)
     metrics = tracing.metrics()
     assert metrics["spanloom_kernel_events_total{event=tls_contradicted}"] == 0
     assert metrics["spanloom_kernel_events_total{event=tls_untied}"] == 0
+
+
+@pytest.mark.parametrize("version", ["1.2", "1.3"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_a_go_server_s_requests_are_spans(
+    build: str, version: str, tls_agent, serve, public_path: Path, pem: Path, programs: Path
+):
+    """With and without symbols, at a fixed address or not: each request on a kept connection is a span on both ends."""
+    port = free_port()
+    program = programs / f"go_tls-{build}"
+    serve(go_server(program, port, pem), port)
+    tracing = tls_agent([port])
+    watch(tracing, program)
+    wait_for_libraries(tracing, 2)
+    assert_statuses_are_spans(tracing, port, pem, version, program, "go")
 
 
 def test_http2_of_a_go_server(tls_agent, serve, pem: Path, programs: Path):

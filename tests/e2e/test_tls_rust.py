@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from tests.e2e.harness import AgentProcess, Process, clean_environment, free_port, show, wait_until
-from tests.e2e.servers import HAS_RUST, STATUSES, Server, rust_program
-from tests.e2e.test_tls import assert_agreed, assert_pairs, secure_curl, serving, wait_for_libraries
-from tests.e2e.test_tls_go import watch
+from tests.e2e.servers import HAS_RUST, Server, rust_program
+from tests.e2e.test_tls import assert_pairs, secure_curl, serving, wait_for_libraries
+from tests.e2e.test_tls_go import assert_statuses_are_spans, watch
 
 pytestmark = [
     pytest.mark.skipif(not HAS_RUST, reason="there is no Rust toolchain of 1.85 or later"),
@@ -53,25 +53,7 @@ def test_a_server_s_requests_are_spans(version: str, tls_agent, serve, pem: Path
     tracing = tls_agent([port])
     watch(tracing, program)
     wait_for_libraries(tracing, 2)
-    urls = [f"https://localhost:{port}/status/{status}?number={status}" for status in STATUSES]
-    outputs = [argument for _ in urls for argument in ("-o", "/dev/null")]
-    flags = (f"--tlsv{version}", "--tls-max", version)
-    result = secure_curl(*flags, *outputs, "-w", "%{http_code} ", *urls, pem=pem)
-    assert result.stdout.split() == [str(status).encode() for status in STATUSES], result.stderr
-    spans = tracing.exact_spans(2 * len(STATUSES), port=port)
-    assert_pairs(spans, len(STATUSES))
-    assert_agreed(spans, version)
-    for span in spans:
-        if span.kind == "SERVER":
-            status = span.attributes["http.response.status_code"]
-            assert span.attributes["url.scheme"] == "https"
-            assert span.attributes["url.path"] == f"/status/{status}"
-            assert span.resource["process.executable.name"] == program.name
-            assert span.resource["telemetry.sdk.language"] == "rust"
-    books = tracing.books()
-    assert books.dropped == {}
-    assert books.begun == books.handed_over == len(spans)
-    assert_nothing_is_doubtful(tracing)
+    assert_statuses_are_spans(tracing, port, pem, version, program, "rust")
 
 
 @pytest.mark.parametrize("size", [100_000, 3_000_000])
