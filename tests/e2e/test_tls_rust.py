@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.harness import AgentProcess, Process, clean_environment, free_port, show, wait_until
+from tests.e2e.harness import AgentProcess, clean_environment, free_port, show, wait_until
 from tests.e2e.servers import HAS_RUST, Server, rust_program
 from tests.e2e.test_tls import assert_pairs, secure_curl, serving, wait_for_libraries
 from tests.e2e.test_tls_go import assert_statuses_are_spans, watch
@@ -119,18 +119,15 @@ def test_both_ends(server: str, client: str, version: str, tls_agent, serve, pem
 @pytest.mark.parametrize("server", ["nginx-1.2", "nginx-1.3", "python-ssl"])
 def test_a_client_s_requests_are_spans(server: str, tls_agent, serve, public_path: Path, pem: Path, program: Path):
     """To servers that use OpenSSL, the first request of each connection among them."""
-    port = free_port()
+    port, other = free_port(), free_port()
     tracing = tls_agent([port])
     serve(serving(server, port, public_path, pem), port)
-    wait_for_libraries(tracing)
-    with Process([program, "serve", str(free_port()), pem], log=public_path / "log", env=clean_environment()):
-        version = "1.2" if server == "nginx-1.2" else "1.3"
-        ask(program, "ask", port, pem, 1, 1, version)  # tells of the program, which goes on
-        watch(tracing, program)
-        tracing.settle()
-        earlier = len(tracing.spans(port))
-        ask(program, "ask", port, pem, 40, 8, version)
-    spans = tracing.exact_spans(earlier + 80, port=port)[earlier:]
+    serve(rust_server(program, "serve", other, pem), other)
+    secure_curl(f"https://localhost:{other}/status/200", pem=pem)  # its connection tells of the program
+    watch(tracing, program)
+    wait_for_libraries(tracing, 2)
+    ask(program, "ask", port, pem, 40, 8, "1.2" if server == "nginx-1.2" else "1.3")
+    spans = tracing.exact_spans(80, port=port)
     assert_pairs(spans, 40)
     assert {span.attributes["url.scheme"] for span in spans if span.kind == "SERVER"} == {"https"}
     assert tracing.metrics()["spanloom_kernel_events_total{event=tls_contradicted}"] == 0
