@@ -27,8 +27,8 @@ _CANDIDATES = 65536
 """Places of a symbol table that hold the number of a name, whatever they are."""
 _NAME_BYTES = 512
 """Of a name that is looked for by its parts."""
-_NAMES_LIKE = 64
-"""So many of these are followed: a program has one of a function per version of a library in it."""
+_NAMES_LIKE = 4096
+"""So many names that hold the part are compared with the pattern: a program has a handful."""
 _CHUNK_BYTES = 24 << 14
 """A multiple of the size of a symbol."""
 _SYMBOL_TABLES = (11, 2)  # SHT_DYNSYM, which is shorter and looked at first, SHT_SYMTAB
@@ -195,9 +195,11 @@ def names_at(read_at: ReadAt, offset: int, size: int, wanted: dict[bytes, str]) 
 def _names_with(read_at: ReadAt, offset: int, size: int, part: bytes, pattern: re.Pattern[bytes]) -> dict[int, str]:
     """Where names stand that match and hold ``part``."""
     found: dict[int, str] = {}
+    compared = 0
     for start, data in chunks(read_at, offset, size, _NAME_BYTES):
         at = data.find(part)
-        while at >= 0 and len(found) < _NAMES_LIKE:
+        while at >= 0 and compared < _NAMES_LIKE:
+            compared += 1
             begin = data.rfind(b"\0", max(0, at - _NAME_BYTES), at) + 1
             name = data[begin : data.find(b"\0", at)]
             if begin and len(name) <= _NAME_BYTES and pattern.fullmatch(name):

@@ -3,8 +3,9 @@
  *
  * rustls moves no bytes itself: the program reads and writes the socket, and objects may move in memory. So nothing is
  * inferred from who is called when. What was decrypted lies where the thread has just received it, in the same memory:
- * that is which socket it came from. What is written on a connection that was proven in this way belongs to that socket;
- * a client's first write is told of when it is sent, next and as a record of just its length.
+ * that is which socket it came from. What is written on a connection that was proven in this way belongs to that socket.
+ * A client's first write, and the first since an object was moved, is told of when it is sent, next and as a record of
+ * just its length.
  */
 #ifndef SPANLOOM_RUSTLS_BPF_H
 #define SPANLOOM_RUSTLS_BPF_H

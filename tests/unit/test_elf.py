@@ -155,6 +155,20 @@ def test_functions_are_found_by_a_pattern_of_their_whole_names():
     assert found == [CODE + 0x10, CODE + 0x20]
 
 
+def test_a_file_full_of_names_that_nearly_match_is_given_up():
+    """What is compared with the pattern is bounded: a program's author may want the agent to be busy."""
+    compared = 0
+
+    class Counting:
+        def fullmatch(self, name: bytes) -> None:
+            nonlocal compared
+            compared += 1
+
+    data = make({f"x4read{number}": CODE_ADDRESS for number in range(20_000)})
+    assert functions_with(lambda offset, count: data[offset : offset + count], b"4read", Counting()) == []
+    assert 1000 < compared < 10_000
+
+
 @given(files_like(make({"_ZN4read17h00E": CODE_ADDRESS, "4read": CODE_ADDRESS})))
 def test_a_pattern_is_looked_for_in_any_file(data: bytes):
     """Whatever the file is, reads are bounded."""
